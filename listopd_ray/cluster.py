@@ -1,0 +1,277 @@
+"""Places the roles on a Ray cluster and hands out their verbs. With the search, the only Ray code.
+
+A handle's verb takes and returns object references where the data is big, so that rollouts go from
+worker to teacher to learner without passing through the driver.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from listopd_ray.config import Config
+from listopd_ray.roles.learner import Learner
+from listopd_ray.roles.rollout import Generated, Request, RolloutWorker
+from listopd_ray.roles.teacher import Teacher
+from listopd_ray.types import ListopdError, Prompt
+
+START_TIMEOUT_S = 600.0
+
+# Freed blocks stay with the process instead of going back to the system and being faulted in again
+# on the next allocation: a fifth of a tiny model's step on the CPU.
+_TORCH_ENV = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_VLLM_ENV = {
+    **_TORCH_ENV,
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor: weights need no copy
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_PLUGINS": "",
+}
+# Without a GPU vLLM would compile its log-probability path with a C++ compiler at the first request.
+_VLLM_CPU_ENV = {**_VLLM_ENV, "TORCHDYNAMO_DISABLE": "1"}
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Join the cluster that RAY_ADDRESS names or the one that runs here, else start a private one."""
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(
+        include_dashboard=None,
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_V2": "1"}},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class Workers:
+    """The rollout workers as one."""
+
+    def __init__(self, actors: Sequence[Any], seed: int) -> None:
+        self._actors = actors
+        self._seed = seed
+
+    def with_seed(self, seed: int) -> Workers:
+        """The same engines, for a run with another seed."""
+        return Workers(self._actors, seed)
+
+    def generate(
+        self, prompts: Sequence[Prompt], tag: str, *, group_size: int = 1, greedy: bool = False
+    ) -> list[Any]:
+        """Start sampling `group_size` completions a prompt; references to one `Generated` a worker.
+
+        `tag` names the occasion ("train/17"): with the run's seed it fixes every sample's seed.
+        """
+        requests = make_requests(prompts, self._seed, tag, group_size)
+        bounds = np.linspace(0, len(requests), len(self._actors) + 1).astype(int)
+        return [
+            actor.generate.remote(requests[low:high], greedy)
+            for actor, low, high in zip(self._actors, bounds[:-1], bounds[1:], strict=True)
+            if high > low
+        ]
+
+    def fetch(self, generated: list[Any]) -> list[Generated]:
+        """Wait for what `generate` started."""
+        return ray.get(generated)
+
+    def load_weights(self, weights: Any) -> float:
+        """Load into every worker; the largest canary difference (nats)."""
+        return max(ray.get([actor.load_weights.remote(weights) for actor in self._actors]))
+
+
+class TeacherPool:
+    """The teacher actors as one."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self._actors = actors
+
+    def score(self, generated: list[Any]) -> list[Any]:
+        """Start scoring; references to one `Scored` a `Generated`."""
+        actors = self._actors
+        return [actors[i % len(actors)].score.remote(part) for i, part in enumerate(generated)]
+
+    def generate(
+        self, requests: list[Request], max_new_tokens: int, greedy: bool = False
+    ) -> Generated:
+        return ray.get(self._actors[0].generate.remote(requests, max_new_tokens, greedy))
+
+
+class LearnerHandle:
+    """The learner actor's verbs; each waits for its result but `publish_weights`."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def step(self, scored: list[Any], lam: float, lr: float) -> dict[str, float]:
+        return ray.get(self._actor.step.remote(lam, lr, *scored))
+
+    def check_scores(self, scored: list[Any], base_is_student: bool) -> dict[str, float]:
+        return ray.get(self._actor.check_scores.remote(base_is_student, *scored))
+
+    def publish_weights(self) -> Any:
+        """A reference to `Weights`, owned by the driver: it outlives the learner."""
+        return self._actor.publish_weights.remote()
+
+    def save(self, directory: Path) -> None:
+        ray.get(self._actor.save.remote(str(directory.absolute())))
+
+    def restore(self, directory: Path) -> None:
+        ray.get(self._actor.restore.remote(str(directory.absolute())))
+
+    def export(self, directory: Path) -> None:
+        ray.get(self._actor.export.remote(str(directory.absolute())))
+
+
+class Cluster:
+    """One placement group with the rollout workers, the teachers, and room for one learner."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        student_path: Path,
+        teacher_path: Path | None,
+        base_path: Path | None,
+        end_ids: tuple[int, ...],
+        max_prompt_tokens: int,
+        max_new_tokens: int,
+    ) -> None:
+        self._config = config
+        rollout, scoring, learner = config.rollout, config.scoring, config.learner
+        bundles = [_bundle(learner.num_cpus, learner.num_gpus)]
+        bundles += [_bundle(rollout.num_cpus, rollout.num_gpus)] * rollout.num_workers
+        num_teachers = scoring.num_actors if teacher_path else 0
+        bundles += [_bundle(scoring.num_cpus, scoring.num_gpus)] * num_teachers
+        self._group = _reserve(bundles)
+        self._learner: Any = None
+        worker_actors = [
+            self._spawn(RolloutWorker, 1 + index, _vllm_env(config)).remote(
+                rollout,
+                model_path=str(student_path),
+                dtype=learner.dtype,
+                device=config.device,
+                end_ids=end_ids,
+                max_prompt_tokens=max_prompt_tokens,
+                max_new_tokens=max_new_tokens,
+                tolerance=config.sync.tolerance,
+            )
+            for index in range(rollout.num_workers)
+        ]
+        teacher_actors = [
+            self._spawn(Teacher, 1 + rollout.num_workers + index, _TORCH_ENV).remote(
+                scoring,
+                teacher_path=str(teacher_path),
+                base_path=str(base_path) if base_path else None,
+                dtype=learner.dtype,
+                device=config.device,
+            )
+            for index in range(num_teachers)
+        ]
+        self.workers = Workers(worker_actors, config.seed)
+        self.teacher = TeacherPool(teacher_actors)
+        self._starting = [actor.__ray_ready__.remote() for actor in worker_actors + teacher_actors]
+
+    def start_learner(
+        self, config: Config, student_path: Path, canary_ids: np.ndarray
+    ) -> LearnerHandle:
+        """A fresh learner in the learner's bundle, in place of the one before."""
+        if self._learner is not None:
+            ray.kill(self._learner)
+        self._learner = self._spawn(Learner, 0, _TORCH_ENV).remote(
+            config, student_path=str(student_path), canary_ids=canary_ids
+        )
+        _wait([self._learner.__ray_ready__.remote()], "learner")
+        return LearnerHandle(self._learner)
+
+    def wait_until_ready(self) -> None:
+        """Wait for rollout workers and teachers; raises what their start-up raised."""
+        _wait(self._starting, "rollout workers and teachers")
+
+    def shutdown(self) -> None:
+        remove_placement_group(self._group)
+
+    def _spawn(self, role: type, bundle: int, env: dict[str, str]) -> Any:
+        resources = self._group.bundle_specs[bundle]
+        return ray.remote(role).options(
+            num_cpus=resources.get("CPU", 0),
+            num_gpus=resources.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=self._group, placement_group_bundle_index=bundle
+            ),
+            runtime_env={"env_vars": env},
+        )
+
+
+@contextmanager
+def launch(config: Config, **arguments: Any) -> Iterator[Cluster]:
+    """Start the roles (arguments as for `Cluster`) and take them down again."""
+    with ray_session():
+        cluster = Cluster(config, **arguments)
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+def make_requests(
+    prompts: Sequence[Prompt], seed: int, tag: str, group_size: int = 1
+) -> list[Request]:
+    return [
+        Request(prompt=p, sample_index=i, seed=sample_seed(seed, tag, p.id, i))
+        for p in prompts
+        for i in range(group_size)
+    ]
+
+
+def sample_seed(seed: int, tag: str, prompt_id: str, sample_index: int) -> int:
+    """The seed of one sample: the same whichever worker draws it, in whatever batch."""
+    key = f"{seed}\0{tag}\0{prompt_id}\0{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 2
+
+
+def _bundle(num_cpus: float, num_gpus: float) -> dict[str, float]:
+    return {"CPU": num_cpus, **({"GPU": num_gpus} if num_gpus else {})}
+
+
+def _reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
+    have = ray.cluster_resources()
+    for resource in ("CPU", "GPU"):
+        need = sum(bundle.get(resource, 0) for bundle in bundles)
+        if need > have.get(resource, 0):
+            raise ListopdError(
+                f"the run needs {need:g} {resource} (rollout, scoring, learner) "
+                f"but the Ray cluster has {have.get(resource, 0):g}"
+            )
+    group = placement_group(bundles, strategy="PACK")
+    _wait([group.ready()], "placement group")
+    return group
+
+
+def _wait(references: list[Any], what: str) -> None:
+    try:
+        ray.get(references, timeout=START_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        raise ListopdError(f"{what}: not ready after {START_TIMEOUT_S:g} s") from None
+
+
+def _vllm_env(config: Config) -> dict[str, str]:
+    return _VLLM_CPU_ENV if config.device == "cpu" else _VLLM_ENV

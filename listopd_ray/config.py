@@ -1,0 +1,269 @@
+"""One frozen, typed configuration: dataclass defaults < YAML files left to right < key=value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from listopd_ray.types import ListopdError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a value (λ or the learning rate) moves over the run."""
+
+    kind: Literal["constant", "warmup", "linear"] = "constant"
+    initial: float = 0.0  # warmup: value at step 0
+    steps: int = 0  # warmup: steps until the full value
+    final: float = 0.0  # linear: value at the last step, from the full value at step 0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str | None = None  # directory that `listopd data` wrote
+    max_prompt_tokens: int = 512
+    max_bad_rows: int = 100  # more quarantined rows than this stop the command
+
+
+@dataclass(frozen=True)
+class WarmstartConfig:
+    """Supervised fine-tuning before distillation. `num_steps: 0` takes the checkpoint as it is."""
+
+    num_steps: int = 0
+    batch_size: int = 64  # examples an update, over all workers
+    lr: float = 3e-3  # peak; cosine to a twentieth
+    warmup_steps: int = 50
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices only, AdamW for the rest
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    format_noise: float = 0.0  # share of completion targets replaced by a random token
+    prompt_loss_weight: float = 0.0  # next-token loss on the prompt, relative to the completion's
+    seed: int | None = None  # null: the run's seed
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A checkpoint directory, or (path: null) the shape of a tiny Qwen3 made here."""
+
+    path: str | None = None
+    num_layers: int = 2
+    hidden_size: int = 64  # a multiple of 32, the head size
+    intermediate_size: int = 192
+    init_std: float = 0.06
+    warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The byte-level BPE built on the data for models made here."""
+
+    vocab_size: int = 512
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    chat_template: bool = False  # true: the checkpoint's own template, thinking off
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    path: str | None = None  # null: the student's warm start
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    backend: Literal["vllm", "hf"] = "vllm"  # hf: machines without vLLM
+    num_workers: int = 1
+    num_cpus: float = 0.5  # each worker
+    num_gpus: float = 0.0
+    max_new_tokens: int | None = None  # null: the longest correct answer in the data plus 8
+    max_num_seqs: int = 64  # samples decoded at once
+    kv_cache_mib: int = 64
+    engine: dict[str, Any] = field(default_factory=dict)  # passed on to vllm.LLM
+
+
+@dataclass(frozen=True)
+class TeacherActorConfig:
+    num_actors: int = 1
+    num_cpus: float = 0.5
+    num_gpus: float = 0.0
+    micro_batch_size: int = 64
+    support_size: int = 0  # S: also return the teacher's S most likely tokens
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    micro_batch_size: int = 64
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    tolerance: float = 1e-4  # nats; the largest |rollout − learner| log-probability allowed
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every: int = 40  # steps; 0: only before and after
+    num_prompts: int = 512  # held-out prompts, the first of the split
+    num_samples: int = 8  # completions kept per evaluation in samples.jsonl
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 40  # steps; 0: none
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class CliffConfig:
+    measure: bool = False  # load the base for its diagnostics where λ = 1 would need none
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    wandb: bool = True  # offline unless WANDB_MODE or WANDB_API_KEY say otherwise
+    project: str = "listopd"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. Symbols as in the README's glossary."""
+
+    name: str = "train"  # the key under which a run is found again
+    out: str = "runs"  # a run lives in <out>/<name>
+    cache: str = "cache"  # warm starts, by content hash
+    seed: int = 0  # warm start, prompt order, sampling
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    lam: float = 1.0  # λ
+    lam_schedule: Schedule = field(default_factory=lambda: Schedule(initial=1.0, final=1.0))
+    clip: float = 2.0  # c; .inf: no clip
+    extrapolation: Literal["plain", "bounded"] = "plain"
+    delta: float = 0.5  # δ of the bounded form
+    ratio_clip: float = 0.2  # ε on learner/sampler
+    max_staleness: int = 0  # 0: on-policy; 1: generate the next batch while the learner works
+    num_prompts: int = 64  # an update
+    group_size: int = 1  # samples per prompt
+    num_steps: int = 120  # updates
+    lr: float = 1e-3
+    lr_schedule: Schedule = field(default_factory=Schedule)
+
+    data: DataConfig = field(default_factory=DataConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    student: ModelConfig = field(default_factory=ModelConfig)
+    teacher: ModelConfig = field(default_factory=ModelConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    warmstart_workers: int = 1  # Ray Train workers
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    scoring: TeacherActorConfig = field(default_factory=TeacherActorConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    cliff: CliffConfig = field(default_factory=CliffConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def load_config(schema: type[T], arguments: list[str]) -> T:
+    """Read `[conf.yaml …] [key=value …]` over the defaults of `schema` (a frozen dataclass).
+
+    Raises ListopdError, in one line that names the file or key, for a file that is missing or not
+    YAML, an unknown key (with the nearest valid one), a wrong type, or a value out of range.
+    """
+    config = OmegaConf.structured(schema)
+    for argument in arguments:
+        is_pair = "=" in argument
+        if not is_pair and not argument.endswith((".yaml", ".yml")):
+            raise ListopdError(f"'{argument}' is neither key=value nor a YAML file")
+        try:
+            layer = OmegaConf.from_dotlist([argument]) if is_pair else OmegaConf.load(argument)
+            config = OmegaConf.merge(config, layer)
+        except FileNotFoundError:
+            raise ListopdError(f"{argument}: no such file") from None
+        except OmegaConfBaseException as error:
+            raise ListopdError(f"{argument}: {_first_line(error)}") from None
+        except Exception as error:  # a YAML parser's error has no common base in OmegaConf
+            raise ListopdError(f"{argument}: {' '.join(str(error).split())}") from None
+    result = OmegaConf.to_object(config)
+    if isinstance(result, Config):
+        _validate(result)
+    return result  # type: ignore[return-value]
+
+
+def dump_config(config: Any) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def run_directory(config: Config) -> Path:
+    return Path(config.out) / config.name
+
+
+def schedule_value(schedule: Schedule, target: float, step: int, num_steps: int) -> float:
+    """The scheduled value at `step` (0-based) of a run of `num_steps`; `target` is the full value."""
+    if schedule.kind == "warmup" and step < schedule.steps:
+        return schedule.initial + (target - schedule.initial) * (step + 1) / schedule.steps
+    if schedule.kind == "linear" and num_steps > 1:
+        return target + (schedule.final - target) * step / (num_steps - 1)
+    return target
+
+
+def needs_base(config: Config) -> bool:
+    """Whether some step extrapolates (λ ≠ 1), or the diagnostics ask for the base."""
+    lams = [
+        schedule_value(config.lam_schedule, config.lam, step, config.num_steps)
+        for step in range(config.num_steps)
+    ]
+    return config.cliff.measure or any(lam != 1.0 for lam in lams)
+
+
+def _first_line(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", None)
+    message = str(error).splitlines()[0]
+    return message if not key or f"'{key}'" in message else f"{key}: {message}"
+
+
+def _validate(config: Config) -> None:
+    def require(holds: bool, key: str, rule: str) -> None:
+        if not holds:
+            raise ListopdError(f"{key}: {rule}")
+
+    require(math.isfinite(config.lam) and config.lam >= 0, "lam", "λ must be finite and ≥ 0")
+    require(config.clip > 1, "clip", "c must be > 1 (.inf for no clip)")
+    require(0 <= config.delta <= 1, "delta", "δ must lie in [0, 1]")
+    require(config.ratio_clip > 0, "ratio_clip", "ε must be > 0")
+    bounded_without_clip = config.extrapolation == "bounded" and math.isinf(config.clip)
+    require(not bounded_without_clip, "clip", "extrapolation=bounded needs a finite c")
+    require(config.max_staleness in (0, 1), "max_staleness", "must be 0 or 1")
+    require(config.lr > 0, "lr", "must be > 0")
+    for key in ("num_prompts", "group_size", "num_steps"):
+        require(getattr(config, key) >= 1, key, "must be ≥ 1")
+    for key, schedule in (("lam_schedule", config.lam_schedule), ("lr_schedule", config.lr_schedule)):
+        require(schedule.kind != "warmup" or schedule.steps >= 1, f"{key}.steps", "must be ≥ 1")
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        noise = model.warmstart.format_noise
+        require(0 <= noise < 1, f"{role}.warmstart.format_noise", "must lie in [0, 1)")
+        require(
+            model.path is not None or model.warmstart.num_steps > 0,
+            f"{role}.warmstart.num_steps",
+            f"must be > 0 where {role}.path is null: a model made here knows nothing yet",
+        )
+        require(model.hidden_size % 32 == 0, f"{role}.hidden_size", "must be a multiple of 32")
+    require(config.rollout.num_workers >= 1, "rollout.num_workers", "must be ≥ 1")
+    require(config.scoring.num_actors >= 1, "scoring.num_actors", "must be ≥ 1")
+    require("/" not in config.name and config.name not in ("", ".", ".."), "name", "must be a plain name")

@@ -1,0 +1,209 @@
+"""Whole jobs: what `listopd train` and `listopd demo` do around the main loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import rich
+from rich.table import Table
+
+from listopd_ray import __version__
+from listopd_ray.cluster import Cluster, TeacherPool, launch, make_requests
+from listopd_ray.config import Config, run_directory
+from listopd_ray.evaluate import TAG, evaluate
+from listopd_ray.prepare import Prepared, prepare
+from listopd_ray.roles.rollout import Generated
+from listopd_ray.tracking import Run
+from listopd_ray.train import train
+
+
+DEMO_RUNS: dict[str, dict[str, Any]] = {
+    "lam1": {"lam": 1.0},
+    "lam2": {"lam": 2.0},
+    "bounded": {"lam": 5.0, "extrapolation": "bounded"},
+}
+TABLE_COLUMNS = {
+    "parse_rate": "strict parse",
+    "ndcg_at_1": "NDCG@1 of parsed",
+    "ndcg_at_k_all": "NDCG@K, unparsed = 0",
+}
+
+
+def train_job(config: Config) -> dict[str, Any]:
+    """One run from data to exported student; returns its summary."""
+    prepared = prepare(config)
+    with launch(config, **prepared.cluster_arguments()) as cluster:
+        cluster.wait_until_ready()
+        summary = distill(config, prepared, cluster)
+    print_table({config.name: [summary]})
+    print(f"run: {run_directory(config)}")
+    return summary
+
+
+def demo_job(config: Config, seeds: list[int]) -> None:
+    """For every seed: distil with λ = 1, λ = 2 past the cliff, and λ = 5 bounded; then the table.
+
+    A seed varies warm start, prompts and sampling; teacher and data stay. Runs that are finished
+    already are read, not repeated.
+    """
+    summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in DEMO_RUNS}
+    for seed in seeds:
+        common = dataclasses.replace(config, seed=seed)
+        configs = {
+            name: dataclasses.replace(common, name=f"{config.name}-s{seed}-{name}", **changes)
+            for name, changes in DEMO_RUNS.items()
+        }
+        if not all(_summary_file(c).exists() for c in configs.values()):
+            _run_group(common, configs)
+        for name, run_config in configs.items():
+            summaries[name].append(json.loads(_summary_file(run_config).read_text()))
+    print_table(summaries)
+    print(f"runs: {', '.join(str(run_directory(c)) for c in configs.values())}")
+
+
+def distill(config: Config, prepared: Prepared, cluster: Cluster) -> dict[str, Any]:
+    """Train one student on a running cluster and write its run directory; returns the summary."""
+    start = time.perf_counter()
+    with Run(config) as run:
+        learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
+        workers = cluster.workers.with_seed(config.seed)
+        results = train(config, prepared, workers, cluster.teacher, learner, run)
+        teacher = teacher_evaluation(config, prepared, cluster.teacher)
+        summary = {
+            "warm_start": results["warm_start"],
+            "teacher": teacher,
+            "student": results["student"],
+            "lam": config.lam,
+            "clip": config.clip,
+            "extrapolation": config.extrapolation,
+            "num_steps": config.num_steps,
+            "seed": config.seed,
+            "seconds": time.perf_counter() - start,
+            "hashes": prepared.hashes,
+            "version": __version__,
+        }
+        student = run.directory / "student"
+        learner.export(student)
+        (student / "README.md").write_text(model_card(config, summary), encoding="utf-8")
+        run.finish(summary)
+    return summary
+
+
+def teacher_evaluation(
+    config: Config, prepared: Prepared, teacher: TeacherPool
+) -> dict[str, Any]:
+    """The teacher on the held-out prompts, by its own actor; cached by content."""
+    key = json.dumps(
+        [prepared.hashes["teacher"], prepared.hashes["data"], config.evaluation.num_prompts,
+         dataclasses.asdict(config.task), config.data.max_prompt_tokens, prepared.max_new_tokens]
+    )
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    file = Path(config.cache) / "evaluation" / f"{name}.json"
+    if not file.exists():
+        sampler = _TeacherSampler(teacher, prepared.max_new_tokens)
+        num_prompts = config.evaluation.num_prompts
+        result, _ = evaluate(sampler, prepared.evaluation, prepared.text, num_prompts)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result))
+    return json.loads(file.read_text())
+
+
+class _TeacherSampler:
+    """The teacher in the place of the rollout workers, for `evaluate`."""
+
+    def __init__(self, teacher: TeacherPool, max_new_tokens: int) -> None:
+        self._teacher = teacher
+        self._max_new_tokens = max_new_tokens
+
+    def generate(
+        self, prompts: Any, tag: str, *, group_size: int = 1, greedy: bool = False
+    ) -> list[Generated]:
+        requests = make_requests(prompts, 0, tag, group_size)
+        return [self._teacher.generate(requests, self._max_new_tokens, greedy)]
+
+    def fetch(self, generated: list[Generated]) -> list[Generated]:
+        return generated
+
+
+def print_table(summaries: dict[str, list[dict[str, Any]]]) -> None:
+    """Warm start, teacher and each run's student; means over the summaries (seeds) of a run.
+
+    With one seed the interval is the evaluation's 95 %, with several the range over seeds.
+    """
+    first = next(iter(summaries.values()))
+    rows = {"warm start": [s["warm_start"] for s in first], "teacher": [s["teacher"] for s in first]}
+    for runs in summaries.values():
+        s = runs[0]
+        bounded = " bounded" if s["extrapolation"] == "bounded" else ""
+        rows[f"student λ = {s['lam']:g}{bounded}"] = [run["student"] for run in runs]
+    num_prompts = first[0]["student"]["num_prompts"]
+    clip, num_seeds = first[0]["clip"], len(first)
+    spread = "95 % interval" if num_seeds == 1 else f"mean [range] of {num_seeds} seeds"
+    table = Table(title=f"c = {clip:g}, {num_prompts} held-out prompts, T = 1, {spread}")
+    table.add_column("model")
+    for title in TABLE_COLUMNS.values():
+        table.add_column(title, justify="right")
+    for name, results in rows.items():
+        table.add_row(name, *(_cell(results, column) for column in TABLE_COLUMNS))
+    rich.print(table)
+
+
+def _cell(results: list[dict[str, Any]], column: str) -> str:
+    values = [result[column] for result in results if result[column] is not None]
+    if not values:
+        return "–"
+    low, high = min(values), max(values)
+    if len(results) == 1:
+        low, high = results[0][f"{column}_interval"]
+    return f"{sum(values) / len(values):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def model_card(config: Config, summary: dict[str, Any]) -> str:
+    """The exported student's README: how it was made and how good it is."""
+    metrics = "\n".join(
+        f"| {title} | {_cell([summary['warm_start']], name)} | {_cell([summary['student']], name)} |"
+        for name, title in TABLE_COLUMNS.items()
+    )
+    hashes = "\n".join(f"- {name}: `{value}`" for name, value in summary["hashes"].items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [on-policy-distillation, listwise-ranking]
+---
+# {config.name}
+
+Ranks the items of a list and answers `{{"ranking": [3, 1, …]}}`, best first. Distilled on-policy
+by listopd_ray {__version__}: λ = {config.lam:g} ({config.extrapolation}), c = {config.clip:g},
+{config.num_steps} updates of {config.num_prompts * config.group_size} samples, seed {config.seed}.
+
+| {summary["student"]["num_prompts"]} held-out prompts, T = 1 | warm start | this model |
+|---|---|---|
+{metrics}
+
+Mean and 95 % interval.
+
+SHA-256:
+{hashes}
+"""
+
+
+def _run_group(common: Config, configs: dict[str, Config]) -> None:
+    """The unfinished ones of `configs` on one set of engines; they differ in the update alone."""
+    loads_base = dataclasses.replace(
+        common, cliff=dataclasses.replace(common.cliff, measure=True)
+    )
+    prepared = prepare(loads_base)
+    with launch(loads_base, **prepared.cluster_arguments()) as cluster:
+        cluster.wait_until_ready()
+        for run_config in configs.values():
+            if not _summary_file(run_config).exists():
+                distill(run_config, prepared, cluster)
+
+
+def _summary_file(config: Config) -> Path:
+    return run_directory(config) / "summary.json"

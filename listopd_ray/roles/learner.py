@@ -1,0 +1,232 @@
+"""The learner: one optimizer step per call on the student, and its weights for everyone else."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from listopd_ray.config import Config
+from listopd_ray.models import load_model, load_tokenizer
+from listopd_ray.roles.batching import (
+    collate,
+    collate_rollouts,
+    completion_logprobs,
+    gather,
+    micro_batches,
+)
+from listopd_ray.roles.losses import opd_advantages, opd_loss
+from listopd_ray.roles.teacher import Scored
+from listopd_ray.roles.weights import export_tensors
+from listopd_ray.types import ListopdError, ScoredRollout, TokenClass, Weights
+
+SELF_KL_TOLERANCE = 1e-5  # nats, float32; the gate widens it with `sync.tolerance`
+
+
+class Learner:
+    """Owns the trained student and its AdamW state. `policy_version` counts its updates."""
+
+    def __init__(self, config: Config, *, student_path: str, canary_ids: np.ndarray) -> None:
+        self._config = config
+        self._device = config.device
+        self._dtype = config.learner.dtype
+        # Evaluation mode: dropout would make the learner another policy than the sampler's.
+        self._model = load_model(student_path, dtype=self._dtype, device=self._device).eval()
+        self._tokenizer = load_tokenizer(student_path)
+        self._canary_ids = canary_ids
+        self._optimizer = torch.optim.AdamW(
+            self._model.parameters(),
+            lr=config.lr,
+            betas=(config.learner.beta1, config.learner.beta2),
+            weight_decay=config.learner.weight_decay,
+            fused=True,
+        )
+        self.policy_version = 0
+
+    def step(self, lam: float, lr: float, *scored: Scored) -> dict[str, float]:
+        """One update on all rollouts of `scored`; returns its metrics.
+
+        Raises ListopdError where a log-probability, the loss or the gradient is not finite: the
+        weights are then those of before the step.
+        """
+        start = time.perf_counter()
+        rollouts = [rollout for part in scored for rollout in part.rollouts]
+        num_tokens = sum(len(r.rollout.token_ids) for r in rollouts)
+        lengths = [len(r.rollout.prompt.token_ids) + len(r.rollout.token_ids) for r in rollouts]
+        parts = []
+        self._optimizer.zero_grad(set_to_none=True)
+        for group in micro_batches(lengths, self._config.learner.micro_batch_size):
+            loss, columns = self._loss([rollouts[index] for index in group], lam, num_tokens)
+            loss.backward()
+            parts.append(columns)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self._model.parameters(), self._config.learner.max_grad_norm
+        ).item()
+        if not math.isfinite(grad_norm):
+            raise ListopdError(f"update {self.policy_version}: gradient norm is {grad_norm}")
+        for group_options in self._optimizer.param_groups:
+            group_options["lr"] = lr
+        self._optimizer.step()
+        staleness = [self.policy_version - r.rollout.policy_version for r in rollouts]
+        self.policy_version += 1
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {
+            **_metrics(columns, self._config.clip),
+            "loss/grad_norm": grad_norm,
+            "rollout/staleness": float(np.mean(staleness)),
+            "rollout/tokens": float(num_tokens),
+            "time/score_s": max(part.seconds for part in scored),
+            "time/learn_s": time.perf_counter() - start,
+        }
+
+    def check_scores(self, base_is_student: bool, *scored: Scored) -> dict[str, float]:
+        """The start-up gate, on rollouts of the untrained student; raises ListopdError.
+
+        The sampler's log-probabilities must be the learner's; and scoring the student as if it
+        were the teacher must give a reverse KL of 0 – here by the learner's own model, and by the
+        teacher actor's copy where the base is the student's warm start.
+        """
+        rollouts = [rollout for part in scored for rollout in part.rollouts]
+        batch = collate_rollouts([r.rollout for r in rollouts], self._device)
+        with torch.inference_mode():
+            learner = gather(completion_logprobs(self._model, batch), batch.token_ids).cpu().numpy()
+        tolerance = max(SELF_KL_TOLERANCE, self._config.sync.tolerance)
+        gaps = {"rollout": np.concatenate([r.rollout.sampler_logprobs for r in rollouts]) - learner}
+        if base_is_student:
+            base = [r.base_logprobs for r in rollouts if r.base_logprobs is not None]
+            gaps["teacher"] = np.concatenate(base) - learner
+        metrics = {}
+        for role, gap in gaps.items():
+            metrics[f"gate/{role}_max"] = largest = float(np.abs(gap).max())
+            if not largest <= tolerance:
+                raise ListopdError(
+                    f"start-up gate: the {role} actor's log-probabilities of the student differ "
+                    f"from the learner's by {largest:.2g} nats (allowed: {tolerance:g})"
+                )
+        return metrics
+
+    @torch.inference_mode()
+    def publish_weights(self) -> Weights:
+        batch = collate([self._canary_ids[:1]], [self._canary_ids[1:]], self._device)
+        canary = gather(completion_logprobs(self._model, batch), batch.token_ids)
+        return Weights(
+            policy_version=self.policy_version,
+            tensors=export_tensors(self._model, getattr(torch, self._dtype)),
+            dtype=self._dtype,
+            canary_ids=self._canary_ids,
+            canary_logprobs=canary.cpu().numpy(),
+        )
+
+    def save(self, directory: str) -> None:
+        """Weights, optimizer state and version into an empty `directory`."""
+        path = Path(directory)
+        self._save_student(path / "student")
+        state: dict[str, torch.Tensor] = {}
+        for index, slots in self._optimizer.state_dict()["state"].items():
+            state |= {f"{index}.{slot}": value for slot, value in slots.items()}
+        save_file(state, path / "optimizer.safetensors")
+        (path / "learner.json").write_text(json.dumps({"policy_version": self.policy_version}))
+
+    def restore(self, directory: str) -> None:
+        """What `save` wrote, in place."""
+        path = Path(directory)
+        saved = load_model(path / "student", dtype=self._dtype, device=self._device)
+        self._model.load_state_dict(saved.state_dict())
+        slots: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in load_file(path / "optimizer.safetensors").items():
+            index, slot = name.split(".")
+            slots.setdefault(int(index), {})[slot] = value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        self.policy_version = json.loads((path / "learner.json").read_text())["policy_version"]
+
+    def export(self, directory: str) -> None:
+        """The student as a Hugging Face directory."""
+        self._save_student(Path(directory))
+
+    def _save_student(self, path: Path) -> None:
+        self._model.save_pretrained(path)
+        self._tokenizer.save_pretrained(path)
+
+    def _loss(
+        self, rollouts: Sequence[ScoredRollout], lam: float, num_tokens: int
+    ) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
+        """The micro-batch's share of the loss, and per-token columns [n] for the metrics."""
+        batch = collate_rollouts([r.rollout for r in rollouts], self._device)
+        columns = {
+            "teacher": np.concatenate([r.teacher_logprobs for r in rollouts]),
+            "sampler": np.concatenate([r.rollout.sampler_logprobs for r in rollouts]),
+            "teacher_modal": np.concatenate([r.teacher_modal_logprobs for r in rollouts]),
+            "token_class": np.concatenate([r.token_classes for r in rollouts]),
+        }
+        if all(r.base_logprobs is not None for r in rollouts):
+            columns["base"] = np.concatenate([r.base_logprobs for r in rollouts])  # type: ignore[arg-type]
+            columns["base_modal"] = np.concatenate([r.base_modal_logprobs for r in rollouts])  # type: ignore[arg-type]
+        for name, column in columns.items():
+            if not np.isfinite(column).all():
+                raise ListopdError(f"update {self.policy_version}: {name} scores are not finite")
+        on_device = {
+            name: torch.from_numpy(columns[name]).to(self._device)
+            for name in ("teacher", "sampler", "base")
+            if name in columns
+        }
+        logprobs = completion_logprobs(self._model, batch)
+        learner = gather(logprobs, batch.token_ids)
+        advantages = opd_advantages(
+            learner,
+            on_device["teacher"],
+            on_device.get("base"),
+            lam=lam,
+            clip=self._config.clip,
+            extrapolation=self._config.extrapolation,
+            delta=self._config.delta,
+        )
+        loss = opd_loss(
+            learner,
+            on_device["sampler"],
+            advantages,
+            ratio_clip=self._config.ratio_clip,
+            num_tokens=num_tokens,
+        )
+        modal_ids = torch.from_numpy(np.concatenate([r.modal_ids for r in rollouts]))
+        student_modal = gather(logprobs.detach(), modal_ids.long().to(self._device))
+        columns["learner"] = learner.detach().cpu().numpy()
+        columns["advantage"] = advantages.cpu().numpy()
+        columns["student_modal"] = student_modal.cpu().numpy()
+        columns["loss"] = np.full(1, loss.item(), dtype=np.float64)
+        return loss, columns
+
+
+def _metrics(columns: dict[str, np.ndarray], clip: float) -> dict[str, float]:
+    """Scalars of one update from its per-token columns."""
+    gap = columns["teacher"] - columns["learner"]
+    mismatch = columns["learner"] - columns["sampler"]
+    ratio = np.exp(mismatch)
+    metrics: dict[str, Any] = {
+        "loss/policy": columns["loss"].sum(),
+        "loss/advantage": columns["advantage"].mean(),
+        "kl/reverse": -gap.mean(),
+        "kl/mismatch": -mismatch.mean(),
+        "kl/mismatch_max": np.abs(mismatch).max(),
+        "loss/clip_fraction": (np.abs(gap) >= math.log(clip)).mean(),
+        "loss/importance_ratio_max": ratio.max(),
+        "loss/effective_sample_size": ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()),
+    }
+    # p, b and q of the theory: mass on the teacher's modal token, by contract class.
+    owners = {"teacher": "teacher_modal", "base": "base_modal", "student": "student_modal"}
+    for token_class in TokenClass:
+        where = columns["token_class"] == token_class
+        if token_class == TokenClass.STRAY or not where.any():
+            continue
+        for owner, column in owners.items():
+            if column in columns:
+                mass = np.exp(columns[column][where]).mean()
+                metrics[f"cliff/{owner}_mass_{token_class.name.lower()}"] = mass
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,201 @@
+"""The rollout worker: samples completions from the student's current weights.
+
+Sampling is at T = 1 without truncation, penalties or grammar, so that the log-probabilities the
+sampler reports are those of the policy itself (an importance ratio against anything else is
+biased). One engine a process: vLLM's CPU backend changes torch for the process it lives in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from listopd_ray.config import RolloutConfig
+from listopd_ray.types import ListopdError, Prompt, Rollout, Weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    prompt: Prompt
+    sample_index: int
+    seed: int  # of this sample alone: noise does not depend on batch mates or on the worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    rollouts: tuple[Rollout, ...]  # in the order of the requests
+    seconds: float
+
+
+class RolloutWorker:
+    """Owns one engine. Refuses to sample before the first `load_weights`."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        *,
+        model_path: str,
+        dtype: str,
+        device: str,
+        end_ids: tuple[int, ...],
+        max_prompt_tokens: int,
+        max_new_tokens: int,
+        tolerance: float,
+    ) -> None:
+        self._policy_version: int | None = None
+        self._tolerance = tolerance
+        options: dict[str, Any] = dict(
+            model_path=model_path,
+            dtype=dtype,
+            end_ids=end_ids,
+            max_new_tokens=max_new_tokens,
+        )
+        if config.backend == "vllm":
+            self._engine: Any = VllmEngine(
+                config, max_model_len=max_prompt_tokens + max_new_tokens, **options
+            )
+        else:
+            from listopd_ray.roles.hf_engine import HfEngine
+
+            self._engine = HfEngine(batch_size=config.max_num_seqs, device=device, **options)
+
+    def load_weights(self, weights: Weights) -> float:
+        """Load `weights`, then compare the canary's log-probabilities with the learner's.
+
+        Returns the largest absolute difference in nats. Raises ListopdError above the tolerance:
+        names, order, a stale tied head or a stale cache show up here and nowhere else.
+        """
+        self._policy_version = None  # a half-loaded engine must never serve
+        self._engine.load_weights(weights)
+        logprobs = self._engine.prompt_logprobs(weights.canary_ids)
+        difference = float(np.abs(logprobs - weights.canary_logprobs).max())
+        if not difference <= self._tolerance:  # NaN fails too
+            raise ListopdError(
+                f"weight sync to version {weights.policy_version}: canary log-probabilities differ "
+                f"from the learner's by {difference:.2g} nats (sync.tolerance={self._tolerance:g})"
+            )
+        self._policy_version = weights.policy_version
+        return difference
+
+    def generate(self, requests: Sequence[Request], greedy: bool = False) -> Generated:
+        """Complete each request under the current weights."""
+        if self._policy_version is None:
+            raise RuntimeError("generate before load_weights")
+        start = time.perf_counter()
+        outputs = self._engine.generate(requests, greedy)
+        rollouts = tuple(
+            Rollout(
+                prompt=request.prompt,
+                sample_index=request.sample_index,
+                token_ids=np.array(output.token_ids, dtype=np.int32),
+                sampler_logprobs=np.array(output.logprobs, dtype=np.float32),
+                finish_reason="stop" if output.stopped else "length",
+                policy_version=self._policy_version,
+            )
+            for request, output in zip(requests, outputs, strict=True)
+        )
+        return Generated(rollouts=rollouts, seconds=time.perf_counter() - start)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    token_ids: list[int]  # end token included
+    logprobs: list[float]
+    stopped: bool  # by an end token
+
+
+class VllmEngine:
+    """vLLM's `LLM` in this process."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        *,
+        model_path: str,
+        dtype: str,
+        end_ids: tuple[int, ...],
+        max_new_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        from vllm import LLM
+
+        self._end_ids = end_ids
+        self._max_new_tokens = max_new_tokens
+        options = dict(
+            skip_tokenizer_init=True,  # token ids go in and out
+            generation_config="vllm",  # no sampling defaults from the checkpoint
+            enforce_eager=True,
+            # A seeded request whose prompt is split over two steps fails on the CPU.
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(2048, max_model_len),
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=config.kv_cache_mib << 20,
+            disable_log_stats=True,
+            seed=0,
+        )
+        self._llm = LLM(
+            model=model_path,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            trust_remote_code=False,
+            **{**options, **config.engine},
+        )
+
+    def load_weights(self, weights: Weights) -> None:
+        from listopd_ray.roles.weights import torch_tensors
+
+        # The layerwise reload: the only path that re-packs the CPU backend's kernels.
+        self._llm.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": torch_tensors(weights)}
+        )
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("prefix cache still in use: cached states of the old weights remain")
+
+    def prompt_logprobs(self, token_ids: np.ndarray) -> np.ndarray:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+        (output,) = self._llm.generate(
+            [{"prompt_token_ids": token_ids.tolist()}], params, use_tqdm=False
+        )
+        return _flat(output.prompt_logprobs, token_ids[1:].tolist(), skip=1)
+
+    def generate(self, requests: Sequence[Request], greedy: bool) -> list[Completion]:
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                temperature=0.0 if greedy else 1.0,
+                seed=request.seed,
+                max_tokens=self._max_new_tokens,
+                stop_token_ids=list(self._end_ids),
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        prompts = [{"prompt_token_ids": r.prompt.token_ids.tolist()} for r in requests]
+        completions = []
+        for result in self._llm.generate(prompts, params, use_tqdm=False):
+            output = result.outputs[0]
+            token_ids = list(output.token_ids)
+            logprobs = _flat(output.logprobs, token_ids).tolist()
+            completions.append(Completion(token_ids, logprobs, output.finish_reason == "stop"))
+        return completions
+
+
+def _flat(flat: Any, token_ids: list[int], skip: int = 0) -> np.ndarray:
+    """One log-probability a position out of vLLM's flat lists, looked up by token id."""
+    starts = flat.start_indices[skip:]
+    if [flat.token_ids[start] for start in starts] != token_ids:
+        raise RuntimeError("vLLM's log-probabilities are not those of the tokens asked for")
+    return np.array([flat.logprobs[start] for start in starts], dtype=np.float32)
+

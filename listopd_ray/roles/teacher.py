@@ -1,0 +1,154 @@
+"""The teacher: scores every sampled token under teacher and base in one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from listopd_ray.config import TeacherActorConfig
+from listopd_ray.models import end_ids, load_model, load_tokenizer
+from listopd_ray.roles.batching import (
+    collate_rollouts,
+    completion_logprobs,
+    gather,
+    micro_batches,
+)
+from listopd_ray.roles.hf_engine import generate
+from listopd_ray.roles.rollout import Generated, Request
+from listopd_ray.task.contract import IdTokens, Scan, TokenText, scan
+from listopd_ray.types import Rollout, ScoredRollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    rollouts: tuple[ScoredRollout, ...]  # in the order of the rollouts
+    seconds: float
+
+
+class Teacher:
+    """Holds the teacher and, where λ ≠ 1 or the diagnostics need it, the base."""
+
+    def __init__(
+        self,
+        config: TeacherActorConfig,
+        *,
+        teacher_path: str,
+        base_path: str | None,
+        dtype: str,
+        device: str,
+    ) -> None:
+        self._config = config
+        self._device = device
+        self._teacher = load_model(teacher_path, dtype=dtype, device=device).eval()
+        self._base = load_model(base_path, dtype=dtype, device=device).eval() if base_path else None
+        self._tokenizer = load_tokenizer(teacher_path)
+        self._end_ids = end_ids(teacher_path, self._tokenizer)
+        self._text = TokenText(self._tokenizer, self._end_ids)
+        self._id_tokens: dict[int, IdTokens] = {}  # by K
+
+    @torch.inference_mode()
+    def score(self, generated: Generated) -> Scored:
+        start = time.perf_counter()
+        rollouts = generated.rollouts
+        lengths = [len(r.prompt.token_ids) + len(r.token_ids) for r in rollouts]
+        scored: dict[int, ScoredRollout] = {}
+        for group in micro_batches(lengths, self._config.micro_batch_size):
+            batch = self._score_batch([rollouts[index] for index in group])
+            scored.update(zip(group, batch, strict=True))
+        ordered = tuple(scored[index] for index in range(len(rollouts)))
+        return Scored(rollouts=ordered, seconds=time.perf_counter() - start)
+
+    def generate(
+        self, requests: Sequence[Request], max_new_tokens: int, greedy: bool = False
+    ) -> Generated:
+        """The teacher's own completions, for its evaluation; version 0, it never changes."""
+        start = time.perf_counter()
+        rollouts = []
+        for first in range(0, len(requests), 128):
+            chunk = requests[first : first + 128]
+            outputs = generate(
+                self._teacher,
+                chunk,
+                greedy=greedy,
+                end_ids=self._end_ids,
+                max_new_tokens=max_new_tokens,
+            )
+            rollouts += [
+                Rollout(
+                    prompt=request.prompt,
+                    sample_index=request.sample_index,
+                    token_ids=np.array(output.token_ids, dtype=np.int32),
+                    sampler_logprobs=np.array(output.logprobs, dtype=np.float32),
+                    finish_reason="stop" if output.stopped else "length",
+                    policy_version=0,
+                )
+                for request, output in zip(chunk, outputs, strict=True)
+            ]
+        return Generated(rollouts=tuple(rollouts), seconds=time.perf_counter() - start)
+
+    def _score_batch(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        batch = collate_rollouts(rollouts, self._device)
+        scans = [self._scan(rollout) for rollout in rollouts]
+        unused = [  # [N] (K, ids not used yet)
+            (r.prompt.num_items, ids)
+            for r, s in zip(rollouts, scans, strict=True)
+            for ids in s.unused
+        ]
+        teacher = completion_logprobs(self._teacher, batch)  # [N, V]
+        modal_logprobs, modal_ids = teacher.max(dim=-1)
+        columns: dict[str, torch.Tensor | np.ndarray] = {
+            "teacher_logprobs": gather(teacher, batch.token_ids),
+            "modal_ids": modal_ids.int(),
+            "teacher_modal_logprobs": modal_logprobs,
+            "teacher_unused_mass": self._unused_mass(teacher, unused),
+            "token_classes": np.concatenate([s.classes for s in scans]),
+        }
+        if self._config.support_size:
+            support_logprobs, support_ids = teacher.topk(self._config.support_size, dim=-1)
+            columns |= {"support_ids": support_ids.int(), "support_logprobs": support_logprobs}
+        base_columns = ("base_logprobs", "base_modal_logprobs", "base_unused_mass")
+        if self._base is not None:
+            base = completion_logprobs(self._base, batch)
+            columns |= {
+                "base_logprobs": gather(base, batch.token_ids),
+                "base_modal_logprobs": gather(base, modal_ids),
+                "base_unused_mass": self._unused_mass(base, unused),
+            }
+        arrays = {
+            name: column if isinstance(column, np.ndarray) else column.cpu().numpy()
+            for name, column in columns.items()
+        }
+        ends = np.cumsum([len(rollout.token_ids) for rollout in rollouts])
+        missing = dict.fromkeys(base_columns) if self._base is None else {}
+        return [
+            ScoredRollout(
+                rollout=rollout,
+                **missing,  # type: ignore[arg-type]
+                **{name: array[end - len(rollout.token_ids) : end] for name, array in arrays.items()},
+            )
+            for rollout, end in zip(rollouts, ends, strict=True)
+        ]
+
+    def _scan(self, rollout: Rollout) -> Scan:
+        pieces = self._text.pieces(rollout.token_ids)
+        return scan(pieces, rollout.prompt.num_items, self._text.ended(rollout.token_ids))
+
+    def _unused_mass(
+        self, logprobs: torch.Tensor, unused: Sequence[tuple[int, frozenset[int] | None]]
+    ) -> torch.Tensor:
+        """Mass [N] on tokens that begin an unused id; NaN where no id begins."""
+        mass = torch.full((len(unused),), float("nan"), device=logprobs.device)
+        positions: dict[tuple[int, frozenset[int]], list[int]] = {}
+        for position, (num_items, ids) in enumerate(unused):
+            if ids is not None:
+                positions.setdefault((num_items, ids), []).append(position)
+        for (num_items, ids), where in positions.items():
+            if num_items not in self._id_tokens:
+                self._id_tokens[num_items] = IdTokens(self._tokenizer, num_items)
+            tokens = torch.from_numpy(self._id_tokens[num_items].first_tokens(ids)).long()
+            mass[where] = logprobs[where][:, tokens.to(logprobs.device)].exp().sum(dim=-1)
+        return mass

@@ -1,0 +1,154 @@
+"""A run's directory: resolved config, metrics, samples, summary – and the same numbers in W&B."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from listopd_ray.checkpoint import Saves, restore_latest, save_checkpoint
+from listopd_ray.config import Config, dump_config, load_config, run_directory
+from listopd_ray.types import Judged, ListopdError
+
+TIMING = ("time/", "perf/")  # the only metrics in which two equal runs may differ
+
+
+class Run:
+    """Opens `<out>/<name>`, new or interrupted, and writes everything that belongs into it.
+
+    Raises ListopdError where that run is finished, or was begun with another configuration.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.directory = run_directory(config)
+        self._config = config
+        if (self.directory / "summary.json").exists():
+            raise ListopdError(
+                f"{self.directory}: this run is finished; give another name=… or remove it"
+            )
+        file = self.directory / "config.yaml"
+        if file.exists():
+            _check_unchanged(config, file)
+        try:
+            (self.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            file.write_text(dump_config(config))
+        except OSError as error:
+            raise ListopdError(f"{self.directory}: cannot write: {error.strerror}") from None
+        self._wandb = _start_wandb(config, self.directory) if config.tracking.wandb else None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    def restore(self, learner: Saves) -> dict[str, Any] | None:
+        """State of the newest checkpoint, put into `learner`; later metrics and samples are cut."""
+        state = restore_latest(self.directory / "checkpoints", learner)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _truncate(self.directory / name, state["step"] if state else -1)
+        return state
+
+    def save(self, step: int, learner: Saves, state: dict[str, Any]) -> None:
+        root = self.directory / "checkpoints"
+        save_checkpoint(root, step, learner, state, keep=self._config.checkpoint.keep)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics after `step` updates: a line of metrics.jsonl and a W&B row."""
+        row = {"train/step": step, **metrics}
+        _append(self.directory / "metrics.jsonl", [row])
+        if self._wandb is not None:
+            self._wandb.log(row)
+
+    def keep_samples(self, step: int, judged: Sequence[Judged]) -> None:
+        rows = [
+            {
+                "train/step": step,
+                "id": output.example_id,
+                "completion": output.text,
+                "ranking": output.ranking,
+                "reason": output.reason,
+            }
+            for output in judged[: self._config.evaluation.num_samples]
+        ]
+        _append(self.directory / "samples.jsonl", rows)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json: with it the run counts as finished."""
+        temporary = self.directory / "summary.json.tmp"
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        os.replace(temporary, self.directory / "summary.json")
+        if self._wandb is not None:
+            self._wandb.summary.update(summary)
+
+
+def evaluation_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a summary object as metrics: `eval/parse_rate`, `eval/greedy/parse_rate`, …"""
+    flat = {}
+    for prefix, part in (("eval", evaluation), ("eval/greedy", evaluation["greedy"])):
+        for name, value in part.items():
+            if isinstance(value, float):
+                flat[f"{prefix}/{name}"] = value
+    return flat
+
+
+def _start_wandb(config: Config, directory: Path) -> Any:
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    run = wandb.init(
+        project=config.tracking.project,
+        name=config.name,
+        dir=str(directory),
+        mode=mode,  # type: ignore[arg-type]
+        config=json.loads(json.dumps(_nested(config))),
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    run.define_metric("*", step_metric="train/step")
+    return run
+
+
+def _nested(config: Config) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def _check_unchanged(config: Config, file: Path) -> None:
+    before, now = _flat(_nested(load_config(Config, [str(file)]))), _flat(_nested(config))
+    changed = [key for key in now if now[key] != before.get(key)]
+    if changed:
+        listed = ", ".join(f"{key} ({before.get(key)} → {now[key]})" for key in changed)
+        raise ListopdError(f"{file.parent}: begun with another configuration: {listed}")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _append(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _truncate(file: Path, last_step: int) -> None:
+    """Drop the lines after `last_step`: their steps are about to be taken again."""
+    if not file.exists():
+        return
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["train/step"] <= last_step]
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, file)

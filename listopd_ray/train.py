@@ -1,0 +1,128 @@
+"""The main loop: sample, score, learn, publish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from listopd_ray.config import Config, schedule_value
+from listopd_ray.evaluate import Sampler, evaluate, judge_rollout
+from listopd_ray.prepare import Prepared
+from listopd_ray.roles.rollout import Generated
+from listopd_ray.task.contract import TokenText
+from listopd_ray.task.data import PromptStream
+from listopd_ray.tracking import Run, evaluation_metrics
+
+GATE_PROMPTS = 16
+
+
+class RolloutWorkers(Sampler, Protocol):
+    def load_weights(self, weights: Any) -> float: ...
+
+
+class Scorer(Protocol):
+    def score(self, generated: list[Any]) -> list[Any]: ...
+
+
+class LearnerRole(Protocol):
+    def step(self, scored: list[Any], lam: float, lr: float) -> dict[str, float]: ...
+
+    def check_scores(self, scored: list[Any], base_is_student: bool) -> dict[str, float]: ...
+
+    def publish_weights(self) -> Any: ...
+
+    def save(self, directory: Any) -> None: ...
+
+    def restore(self, directory: Any) -> None: ...
+
+
+def train(
+    config: Config,
+    data: Prepared,
+    workers: RolloutWorkers,
+    teacher: Scorer,
+    learner: LearnerRole,
+    run: Run,
+) -> dict[str, Any]:
+    """One optimizer step per turn; returns the evaluations {"warm_start": …, "student": …}.
+
+    With `max_staleness=1` the next batch is sampled while the learner works on this one.
+    """
+    prompts = PromptStream(data.train.prompts, config.seed)
+    state = run.restore(learner)
+    step, results = (state["step"], state["results"]) if state else (0, {})
+    if state:
+        prompts.restore(state["prompts"])
+    workers.load_weights(learner.publish_weights())
+
+    def sample(at: int) -> list[Any]:
+        batch = prompts.take(config.num_prompts)
+        return workers.generate(batch, f"train/{at}", group_size=config.group_size)
+
+    def assess() -> tuple[dict[str, Any], dict[str, float]]:
+        num_prompts = config.evaluation.num_prompts
+        result, judged = evaluate(workers, data.evaluation, data.text, num_prompts)
+        run.keep_samples(step, judged)
+        return result, evaluation_metrics(result)
+
+    if not state:
+        trial = workers.generate(data.train.prompts[:GATE_PROMPTS], "gate")
+        gate = learner.check_scores(teacher.score(trial), data.base_is_student)
+        results["warm_start"], metrics = assess()
+        run.log(0, gate | metrics)
+
+    bar = tqdm(total=config.num_steps, initial=step, desc=config.name, unit="update")
+    rollouts = sample(step) if step < config.num_steps else []
+    while step < config.num_steps:
+        start, cursor = time.perf_counter(), prompts.state()
+        scored = teacher.score(rollouts)
+        overlaps = config.max_staleness > 0 and step + 1 < config.num_steps
+        upcoming = sample(step + 1) if overlaps else []
+        lam = schedule_value(config.lam_schedule, config.lam, step, config.num_steps)
+        lr = schedule_value(config.lr_schedule, config.lr, step, config.num_steps)
+        metrics = {"train/lam": lam, "train/lr": lr}
+        metrics |= contract_metrics(workers.fetch(rollouts), data.text)
+        metrics |= learner.step(scored, lam, lr)
+        sync_start = time.perf_counter()
+        metrics["sync/canary_max"] = workers.load_weights(learner.publish_weights())
+        step += 1
+        now = time.perf_counter()
+        metrics |= {"time/sync_s": now - sync_start, "time/step_s": now - start}
+        metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
+        if step == config.num_steps or _due(step, config.evaluation.every):
+            results["student"], evaluated = assess()
+            metrics |= evaluated
+        run.log(step, metrics)
+        show_progress(bar, metrics)
+        if step == config.num_steps or _due(step, config.checkpoint.every):
+            run.save(step, learner, {"prompts": cursor, "results": results})
+        rollouts = upcoming or (sample(step) if step < config.num_steps else [])
+    bar.close()
+    return results
+
+
+def contract_metrics(parts: Sequence[Generated], text: TokenText) -> dict[str, float]:
+    """Strict parse rate and failures by reason of the training rollouts, and their sampling time."""
+    judged = [judge_rollout(rollout, text) for part in parts for rollout in part.rollouts]
+    failures = [output.reason for output in judged if output.reason is not None]
+    metrics = {f"contract/{r}": failures.count(r) / len(judged) for r in sorted(set(failures))}
+    metrics["contract/parse_rate"] = 1 - len(failures) / len(judged)
+    metrics["time/generate_s"] = max(part.seconds for part in parts)
+    return metrics
+
+
+def show_progress(bar: tqdm, metrics: dict[str, float]) -> None:
+    bar.update()
+    bar.set_postfix(
+        parse=f"{metrics['contract/parse_rate']:.2f}",
+        kl=f"{metrics['kl/reverse']:.3f}",
+        stale=f"{metrics['rollout/staleness']:.0f}",
+        tok_s=f"{metrics['perf/tokens_per_s']:.0f}",
+    )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,241 @@
+"""Warm start: supervised fine-tuning on correct rankings with Ray Train, cached by content.
+
+A share `format_noise` of the completion's target tokens is replaced by uniformly random ones (the
+inputs stay clean), so that model and data say how imperfect the result is: on a contract-valid
+prefix the best attainable mass of the right structural token is 1 − noise + noise/V.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.nn.functional as F
+from ray.train import Checkpoint, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, prepare_model
+from ray.util.queue import Queue
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from listopd_ray.cluster import ray_session
+from listopd_ray.config import Config, ModelConfig, WarmstartConfig
+from listopd_ray.models import (
+    build_tokenizer,
+    encode_prompt,
+    load_model,
+    load_tokenizer,
+    make_model,
+    model_hash,
+)
+from listopd_ray.task.contract import answer_text, ideal_ranking, prompt_text
+from listopd_ray.task.data import dataset_hash, read_examples
+from listopd_ray.types import Example
+
+RECIPE = 1  # part of every cache key: raise it when this file trains differently
+
+
+def warm_start(config: Config, role: str) -> Path:
+    """The checkpoint directory of `role` ("student" or "teacher"), trained unless it is cached.
+
+    A checkpoint that is taken as it is (`warmstart.num_steps: 0`) is its own warm start. Raises
+    ListopdError for data or a checkpoint that cannot be used.
+    """
+    model: ModelConfig = getattr(config, role)
+    if model.path is not None and model.warmstart.num_steps == 0:
+        return Path(model.path)
+    target = Path(config.cache) / "warmstart" / _cache_key(config, model)
+    if not target.exists():
+        _train(config, role, model, target)
+    return target
+
+
+def _cache_key(config: Config, model: ModelConfig) -> str:
+    seed = config.seed if model.warmstart.seed is None else model.warmstart.seed
+    parts = {
+        "recipe": RECIPE,
+        "torch": torch.__version__,
+        "data": dataset_hash(Path(str(config.data.path))),
+        "task": dataclasses.asdict(config.task),
+        "tokenizer": None if model.path else dataclasses.asdict(config.tokenizer),
+        "model": {**dataclasses.asdict(model), "path": model_hash(model.path) if model.path else ""},
+        "max_prompt_tokens": config.data.max_prompt_tokens,
+        "seed": seed,
+        "workers": config.warmstart_workers,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
+    data = Path(str(config.data.path))
+    examples = read_examples(data / "train.jsonl", max_bad_rows=config.data.max_bad_rows)
+    if model.path:
+        tokenizer = load_tokenizer(model.path)
+    else:
+        tokenizer = build_tokenizer(_texts(examples), config.tokenizer.vocab_size)
+    sequences = _encode(config, examples, tokenizer)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with ray_session(), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        start = Path(scratch) / "start"
+        seed = config.seed if model.warmstart.seed is None else model.warmstart.seed
+        initial = load_model(model.path) if model.path else make_model(model, tokenizer, seed)
+        initial.save_pretrained(start)
+        tokenizer.save_pretrained(start)
+        progress = Queue(actor_options={"num_cpus": 0})
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={
+                "start": str(start.absolute()),
+                "warmstart": model.warmstart,
+                "seed": seed,
+                "sequences": ray.put(sequences),
+                "progress": progress,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=config.warmstart_workers,
+                use_gpu=config.device == "cuda",
+                resources_per_worker={"CPU": 1},
+            ),
+            run_config=RunConfig(name=role, storage_path=str(Path(scratch, "ray").absolute())),
+        )
+        bar = tqdm(total=model.warmstart.num_steps, desc=f"warm start {role}", unit="update")
+        watcher = threading.Thread(target=_show_progress, args=(progress, bar), daemon=True)
+        watcher.start()
+        result = trainer.fit()
+        watcher.join(timeout=10)
+        bar.close()
+        progress.shutdown()
+        finished = Path(scratch) / "finished"
+        assert result.checkpoint is not None  # rank 0 reports one as its last act
+        result.checkpoint.to_directory(finished)
+        tokenizer.save_pretrained(finished)
+        os.replace(finished, target)
+
+
+def _texts(examples: Sequence[Example]) -> list[str]:
+    return [prompt_text(e) + answer_text(ideal_ranking(e.relevance)) for e in examples]
+
+
+def _encode(
+    config: Config, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(prompt, completion) token ids of every example whose prompt is short enough."""
+    sequences = []
+    for example in examples:
+        prompt = encode_prompt(tokenizer, example, chat_template=config.task.chat_template)
+        if len(prompt) <= config.data.max_prompt_tokens:
+            answer = answer_text(ideal_ranking(example.relevance))
+            ids = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+            sequences.append((prompt, np.array(ids, dtype=np.int32)))
+    return sequences
+
+
+def _show_progress(progress: Queue, bar: tqdm) -> None:
+    while (item := progress.get()) is not None:
+        step, loss = item
+        bar.update(step - bar.n)
+        bar.set_postfix(loss=f"{loss:.3f}")
+
+
+def _worker(arguments: dict[str, Any]) -> None:
+    """One Ray Train worker: its slice of every batch; the batches are those of a single worker."""
+    config: WarmstartConfig = arguments["warmstart"]
+    sequences = ray.get(arguments["sequences"])
+    rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    torch.manual_seed(arguments["seed"])
+    bare = load_model(arguments["start"])
+    vocab_size = bare.config.vocab_size
+    model = prepare_model(bare)
+    optimizers = _optimizers(model, config)
+    rng = np.random.default_rng([arguments["seed"], 1])
+    order = np.empty(0, dtype=np.int64)
+    for step in range(config.num_steps):
+        if len(order) < config.batch_size:
+            order = np.concatenate([order, rng.permutation(len(sequences))])
+        picked, order = order[: config.batch_size], order[config.batch_size :]
+        batch = _make_batch([sequences[i] for i in picked], config, vocab_size, rng)
+        input_ids, targets, weights = (t[rank::world] for t in batch)
+        logits = model(input_ids=input_ids.to(bare.device), use_cache=False).logits[:, :-1].float()
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten().to(bare.device), reduction="none")
+        # DDP averages over ranks: the factor makes it the mean over the whole batch.
+        loss = (losses * weights.flatten().to(bare.device)).sum() * world / batch[2].sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * _lr_factor(step, config)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if rank == 0 and (step % 10 == 9 or step == config.num_steps - 1):
+            arguments["progress"].put((step + 1, loss.item()))
+    if rank > 0:
+        ray.train.report({})
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        bare.save_pretrained(directory)
+        ray.train.report({}, checkpoint=Checkpoint.from_directory(directory))
+    arguments["progress"].put(None)
+
+
+def _make_batch(
+    sequences: Sequence[tuple[np.ndarray, np.ndarray]],
+    config: WarmstartConfig,
+    vocab_size: int,
+    rng: np.random.Generator,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs [B, L], next-token targets [B, L − 1] with the noise in, and loss weights of those.
+
+    Every rank draws the whole batch with its noise and then takes its rows, so that the result
+    does not depend on the number of workers.
+    """
+    length = max(len(prompt) + len(answer) for prompt, answer in sequences)
+    input_ids = np.zeros((len(sequences), length), dtype=np.int64)
+    weights = np.zeros((len(sequences), length), dtype=np.float32)
+    for row, (prompt, answer) in enumerate(sequences):
+        end = len(prompt) + len(answer)
+        input_ids[row, : len(prompt)] = prompt
+        input_ids[row, len(prompt) : end] = answer
+        weights[row, : len(prompt)] = config.prompt_loss_weight
+        weights[row, len(prompt) : end] = 1.0
+    noise = (rng.random(input_ids.shape) < config.format_noise) & (weights == 1.0)
+    targets = np.where(noise, rng.integers(0, vocab_size, input_ids.shape), input_ids)
+    return (
+        torch.from_numpy(input_ids),
+        torch.from_numpy(targets[:, 1:].copy()),
+        torch.from_numpy(weights[:, 1:].copy()),
+    )
+
+
+def _optimizers(model: torch.nn.Module, config: WarmstartConfig) -> list[torch.optim.Optimizer]:
+    options = dict(lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+    named = list(model.named_parameters())
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW([p for _, p in named], **options)]  # type: ignore[arg-type]
+    hidden = [p for name, p in named if p.ndim == 2 and not _is_embedding(name)]
+    others = [p for name, p in named if p.ndim != 2 or _is_embedding(name)]
+    muon = torch.optim.Muon(
+        hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, torch.optim.AdamW(others, **options)]  # type: ignore[arg-type]
+
+
+def _is_embedding(name: str) -> bool:
+    return "embed" in name or "lm_head" in name
+
+
+def _lr_factor(step: int, config: WarmstartConfig) -> float:
+    """Linear warm-up, then a cosine from 1 to 1/20."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    share = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share))
