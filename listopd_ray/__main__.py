@@ -2,9 +2,184 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
 
 from listopd_ray import __version__
+from listopd_ray.config import Config, describe_keys, load_config
+from listopd_ray.rank import RankConfig
+from listopd_ray.task.amazon import AmazonConfig, write_amazon
+from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic
 from listopd_ray.types import ListopdError
+
+USAGE = """usage: listopd <command> [conf.yaml …] [key=value …]
+
+YAML files are read left to right over the defaults, then the key=value pairs.
+`listopd <command> --help` lists a command's keys; `listopd --version` the version.
+
+commands:"""
+
+
+@dataclass(frozen=True)
+class Command:
+    summary: str
+    schema: type
+    run: Callable[..., None]  # (config) or, with a positional argument, (argument, config)
+    positional: str | None = None
+    details: str = ""
+
+
+def _data_synthetic(config: SyntheticConfig) -> None:
+    print(write_synthetic(config))
+
+
+def _data_amazon(config: AmazonConfig) -> None:
+    print(write_amazon(config))
+
+
+def _warmstart(config: Config) -> None:
+    from listopd_ray.cluster import ray_session
+    from listopd_ray.warmstart import warm_start
+
+    with ray_session():
+        for role in ("student", "teacher"):
+            print(f"{role}: {warm_start(config, role)}")
+
+
+def _train(config: Config) -> None:
+    from listopd_ray.job import train_job
+
+    train_job(config)
+
+
+def _demo(config: Config) -> None:
+    from listopd_ray.job import demo_job
+
+    demo_job(config)
+
+
+def _evaluate(model: str, config: Config) -> None:
+    from listopd_ray.job import evaluate_job
+
+    evaluate_job(model, config)
+
+
+def _rank(model: str, config: RankConfig) -> None:
+    from listopd_ray.rank import rank
+
+    rank(model, config)
+
+
+COMMANDS = {
+    "data synthetic": Command(
+        "write a seeded fashion catalogue's ranking examples", SyntheticConfig, _data_synthetic
+    ),
+    "data amazon": Command(
+        "build ranking examples from Amazon Reviews 2023 files", AmazonConfig, _data_amazon
+    ),
+    "warmstart": Command(
+        "fine-tune student and teacher on correct rankings (cached)", Config, _warmstart
+    ),
+    "train": Command(
+        "distil one student on-policy; makes the warm starts it needs",
+        Config,
+        _train,
+        details="Writes <out>/<name>/; the same command again continues an interrupted run.",
+    ),
+    "demo": Command(
+        "distil with λ = 1, λ = 2 and λ = 5 bounded, and print the table",
+        Config,
+        _demo,
+        details="One run for each and for each of demo_seeds; finished runs are not repeated.",
+    ),
+    "evaluate": Command(
+        "judge a checkpoint on held-out prompts, sampled and greedy",
+        Config,
+        _evaluate,
+        positional="MODEL",
+        details="MODEL is a Hugging Face directory; needs data.path=DIR. Prints a table and JSON.",
+    ),
+    "rank": Command(
+        "rank the items of examples with a checkpoint",
+        RankConfig,
+        _rank,
+        positional="MODEL",
+        details="Reads JSONL rows {id, query, items: [{id, text}, …]} from a file or standard "
+        "input;\nwrites {id, ranking: [item ids, best first]} rows, ranking null with the reason "
+        "where the\nmodel's answer breaks the contract.",
+    ),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; a failure that its user can mend ends in one line and exit status 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        _dispatch(arguments)
+    except ListopdError as error:
+        # Ray wraps what an actor raised together with a remote trace.
+        sys.exit(f"listopd: error: {getattr(error, 'cause', error)}")
+    except KeyboardInterrupt:
+        sys.exit("listopd: interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(USAGE)
+        for name, command in COMMANDS.items():
+            print(f"  {_signature(name, command):<18}{command.summary}")
+        return
+    if arguments[0] == "--version":
+        print(f"listopd {__version__}")
+        return
+    name, rest = _find_command(arguments)
+    command = COMMANDS[name]
+    if "--help" in rest or "-h" in rest:
+        print(_help(name, command))
+        return
+    unknown = [a for a in rest if a.startswith("-")]
+    if unknown:
+        raise ListopdError(f"{unknown[0]}: no such flag; settings are key=value")
+    positional: list[Any] = []
+    if command.positional:
+        if not rest or "=" in rest[0] or rest[0].endswith((".yaml", ".yml")):
+            raise ListopdError(f"{name}: {command.positional} is missing (listopd {name} --help)")
+        positional, rest = [rest[0]], rest[1:]
+    command.run(*positional, load_config(command.schema, rest))
+
+
+def _find_command(arguments: list[str]) -> tuple[str, list[str]]:
+    for length in (2, 1):
+        name = " ".join(arguments[:length])
+        if name in COMMANDS:
+            return name, arguments[length:]
+    given = " ".join(arguments[:2]) if arguments[0] == "data" else arguments[0]
+    near = get_close_matches(given, COMMANDS, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"one of: {', '.join(COMMANDS)}"
+    raise ListopdError(f"no command '{given}'; {hint}")
+
+
+def _signature(name: str, command: Command) -> str:
+    return f"{name} {command.positional}" if command.positional else name
+
+
+def _help(name: str, command: Command) -> str:
+    lines = [f"usage: listopd {_signature(name, command)} [conf.yaml …] [key=value …]", ""]
+    lines += [command.summary[0].upper() + command.summary[1:] + ".", command.details, "", "keys:"]
+    for key, default, comment in describe_keys(command.schema):
+        left = f"  {key}={default}"
+        lines.append(f"{left:<44}{comment}".rstrip())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

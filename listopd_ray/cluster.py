@@ -232,6 +232,13 @@ def launch(config: Config, **arguments: Any) -> Iterator[Cluster]:
             cluster.shutdown()
 
 
+@contextmanager
+def serve(
+    model: str, config: RolloutConfig, *, device: str, dtype: str, seed: int, limits: ..., 
+) -> Iterator[Workers]:
+    ...
+
+
 def make_requests(
     prompts: Sequence[Prompt], seed: int, tag: str, group_size: int = 1
 ) -> list[Request]:

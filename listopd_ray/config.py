@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -169,6 +172,7 @@ class Config:
     teacher: ModelConfig = field(default_factory=ModelConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     warmstart_workers: int = 1  # Ray Train workers
+    demo_seeds: list[int] = field(default_factory=lambda: [0])  # of `listopd demo` only
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     scoring: TeacherActorConfig = field(default_factory=TeacherActorConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
@@ -267,3 +271,15 @@ def _validate(config: Config) -> None:
     require(config.rollout.num_workers >= 1, "rollout.num_workers", "must be ≥ 1")
     require(config.scoring.num_actors >= 1, "scoring.num_actors", "must be ≥ 1")
     require("/" not in config.name and config.name not in ("", ".", ".."), "name", "must be a plain name")
+
+
+def describe_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(key, default, comment) of every key of a config class; the comments are this source's own."""
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(schema), re.MULTILINE))
+    for key, value in OmegaConf.structured(schema).items():
+        if OmegaConf.is_dict(value) and OmegaConf.get_type(value) is not dict:
+            yield from describe_keys(OmegaConf.get_type(value), f"{prefix}{key}.")
+        else:
+            default = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            shown = "null" if default is None else str(default)
+            yield f"{prefix}{key}", shown, comments.get(key, "")

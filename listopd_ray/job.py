@@ -13,11 +13,13 @@ import rich
 from rich.table import Table
 
 from listopd_ray import __version__
-from listopd_ray.cluster import Cluster, TeacherPool, launch, make_requests
+from listopd_ray.cluster import Cluster, TeacherPool, launch, make_requests, serve
 from listopd_ray.config import Config, run_directory
 from listopd_ray.evaluate import TAG, evaluate
-from listopd_ray.prepare import Prepared, prepare
+from listopd_ray.models import end_ids, load_tokenizer
+from listopd_ray.prepare import Prepared, answer_length, load_split, prepare
 from listopd_ray.roles.rollout import Generated
+from listopd_ray.task.contract import TokenText
 from listopd_ray.tracking import Run
 from listopd_ray.train import train
 
@@ -29,8 +31,8 @@ DEMO_RUNS: dict[str, dict[str, Any]] = {
 }
 TABLE_COLUMNS = {
     "parse_rate": "strict parse",
-    "ndcg_at_1": "NDCG@1 of parsed",
-    "ndcg_at_k_all": "NDCG@K, unparsed = 0",
+    "ndcg_at_1": "NDCG@1 (parsed)",
+    "ndcg_at_k_all": "NDCG@K (unparsed = 0)",
 }
 
 
@@ -45,14 +47,14 @@ def train_job(config: Config) -> dict[str, Any]:
     return summary
 
 
-def demo_job(config: Config, seeds: list[int]) -> None:
+def demo_job(config: Config) -> None:
     """For every seed: distil with λ = 1, λ = 2 past the cliff, and λ = 5 bounded; then the table.
 
     A seed varies warm start, prompts and sampling; teacher and data stay. Runs that are finished
     already are read, not repeated.
     """
     summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in DEMO_RUNS}
-    for seed in seeds:
+    for seed in config.demo_seeds:
         common = dataclasses.replace(config, seed=seed)
         configs = {
             name: dataclasses.replace(common, name=f"{config.name}-s{seed}-{name}", **changes)
@@ -64,6 +66,19 @@ def demo_job(config: Config, seeds: list[int]) -> None:
             summaries[name].append(json.loads(_summary_file(run_config).read_text()))
     print_table(summaries)
     print(f"runs: {', '.join(str(run_directory(c)) for c in configs.values())}")
+
+
+def evaluate_job(model: str, config: Config) -> None:
+    """`listopd evaluate`: one checkpoint on the held-out prompts, as a table and JSON."""
+    tokenizer = load_tokenizer(model)
+    split = load_split(config, "eval", tokenizer)
+    ends = end_ids(model, tokenizer)
+    with serve(model, config, split.prompts, answer_length(tokenizer, split.examples)) as workers:
+        text = TokenText(tokenizer, ends)
+        result, _ = evaluate(workers, split, text, config.evaluation.num_prompts)
+    rows = {"sampled, T = 1": [result], "greedy": [result["greedy"]]}
+    rich.print(results_table(f"{model} on {result['num_prompts']} held-out prompts", rows))
+    print(json.dumps(result))
 
 
 def distill(config: Config, prepared: Prepared, cluster: Cluster) -> dict[str, Any]:
@@ -144,13 +159,19 @@ def print_table(summaries: dict[str, list[dict[str, Any]]]) -> None:
     num_prompts = first[0]["student"]["num_prompts"]
     clip, num_seeds = first[0]["clip"], len(first)
     spread = "95 % interval" if num_seeds == 1 else f"mean [range] of {num_seeds} seeds"
-    table = Table(title=f"c = {clip:g}, {num_prompts} held-out prompts, T = 1, {spread}")
-    table.add_column("model")
-    for title in TABLE_COLUMNS.values():
-        table.add_column(title, justify="right")
+    title = f"c = {clip:g}, {num_prompts} held-out prompts, T = 1, {spread}"
+    rich.print(results_table(title, rows))
+
+
+def results_table(title: str, rows: dict[str, list[dict[str, Any]]]) -> Table:
+    """Evaluations by model; several of one model (seeds) are averaged."""
+    table = Table(title=title)
+    table.add_column("model", no_wrap=True)
+    for column in TABLE_COLUMNS.values():
+        table.add_column(column, justify="right")
     for name, results in rows.items():
         table.add_row(name, *(_cell(results, column) for column in TABLE_COLUMNS))
-    rich.print(table)
+    return table
 
 
 def _cell(results: list[dict[str, Any]], column: str) -> str:
@@ -160,7 +181,7 @@ def _cell(results: list[dict[str, Any]], column: str) -> str:
     low, high = min(values), max(values)
     if len(results) == 1:
         low, high = results[0][f"{column}_interval"]
-    return f"{sum(values) / len(values):.3f} [{low:.3f}, {high:.3f}]"
+    return f"{sum(values) / len(values):.3f} [{low:.2f}, {high:.2f}]"
 
 
 def model_card(config: Config, summary: dict[str, Any]) -> str:

@@ -86,7 +86,8 @@ def prepare(config: Config) -> Prepared:
     tokenizer = load_tokenizer(student_path)
     train = load_split(config, "train", tokenizer)
     evaluation = load_split(config, "eval", tokenizer)
-    answers = [_answer_ids(tokenizer, e) for e in (*train.examples[:256], *evaluation.examples)]
+    answer = _answer_ids(tokenizer, train.examples[0])
+    longest = answer_length(tokenizer, (*train.examples, *evaluation.examples))
     hashes = {"data": dataset_hash(data)}
     hashes |= {role: model_hash(path) for role, path in roles.items()}
     return Prepared(
@@ -97,8 +98,8 @@ def prepare(config: Config) -> Prepared:
         base_path=base_path,
         text=TokenText(tokenizer, end_ids(student_path, tokenizer)),
         end_ids=end_ids(student_path, tokenizer),
-        max_new_tokens=config.rollout.max_new_tokens or max(map(len, answers)) + ANSWER_SLACK,
-        canary_ids=np.concatenate([train.prompts[0].token_ids, answers[0]]).astype(np.int32),
+        max_new_tokens=config.rollout.max_new_tokens or longest,
+        canary_ids=np.concatenate([train.prompts[0].token_ids, answer]).astype(np.int32),
         hashes=hashes,
     )
 
@@ -134,6 +135,12 @@ def load_split(config: Config, name: str, tokenizer: Any) -> Split:
         Prompt(id=e.id, token_ids=encoded[e.id], num_items=len(e.items)) for e in examples
     ]
     return Split(examples=examples, prompts=prompts)
+
+
+def answer_length(tokenizer: Any, examples: Sequence[Example]) -> int:
+    """Tokens that a completion may take: those of the longest correct answer and some slack."""
+    longest = max(examples, key=lambda example: len(example.items))
+    return len(_answer_ids(tokenizer, longest)) + ANSWER_SLACK
 
 
 def _answer_ids(tokenizer: Any, example: Example) -> np.ndarray:
