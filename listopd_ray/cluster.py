@@ -41,13 +41,13 @@ _VLLM_ENV = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_PLUGINS": "",
 }
-# Without a GPU vLLM would compile its log-probability path with a C++ compiler at the first request.
+# Without a GPU vLLM would call a C++ compiler for its log-probability path at the first request.
 _VLLM_CPU_ENV = {**_VLLM_ENV, "TORCHDYNAMO_DISABLE": "1"}
 
 
 @contextmanager
 def ray_session() -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names or the one that runs here, else start a private one."""
+    """Join the cluster that RAY_ADDRESS names or that runs here, else start a private one."""
     if ray.is_initialized():
         yield
         return
@@ -92,6 +92,10 @@ class Workers:
     def fetch(self, generated: list[Any]) -> list[Generated]:
         """Wait for what `generate` started."""
         return ray.get(generated)
+
+    def use_checkpoint(self) -> None:
+        """Serve the weights that the engines were started with: there is no learner."""
+        ray.get([actor.use_checkpoint.remote() for actor in self._actors])
 
     def load_weights(self, weights: Any) -> float:
         """Load into every worker; the largest canary difference (nats)."""
@@ -233,10 +237,12 @@ def launch(config: Config, **arguments: Any) -> Iterator[Cluster]:
 
 
 @contextmanager
-def serve(
-    model: str, config: RolloutConfig, *, device: str, dtype: str, seed: int, limits: ..., 
-) -> Iterator[Workers]:
-    ...
+def serve(config: Config, **arguments: Any) -> Iterator[Workers]:
+    """Rollout workers alone, serving a checkpoint's own weights (arguments as for `Cluster`)."""
+    with launch(config, teacher_path=None, base_path=None, **arguments) as cluster:
+        cluster.wait_until_ready()
+        cluster.workers.use_checkpoint()
+        yield cluster.workers
 
 
 def make_requests(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from listopd_ray.types import ListopdError
@@ -22,7 +22,7 @@ T = TypeVar("T")
 class Schedule:
     """How a value (λ or the learning rate) moves over the run."""
 
-    kind: Literal["constant", "warmup", "linear"] = "constant"
+    kind: Literal["constant", "warmup", "linear"] = "constant"  # constant | warmup | linear
     initial: float = 0.0  # warmup: value at step 0
     steps: int = 0  # warmup: steps until the full value
     final: float = 0.0  # linear: value at the last step, from the full value at step 0
@@ -43,7 +43,9 @@ class WarmstartConfig:
     batch_size: int = 64  # examples an update, over all workers
     lr: float = 3e-3  # peak; cosine to a twentieth
     warmup_steps: int = 50
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices only, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = (
+        "adamw"  # adamw | muon (hidden matrices; AdamW for the rest)
+    )
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     format_noise: float = 0.0  # share of completion targets replaced by a random token
@@ -82,7 +84,7 @@ class BaseConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    backend: Literal["vllm", "hf"] = "vllm"  # hf: machines without vLLM
+    backend: Literal["vllm", "hf"] = "vllm"  # vllm | hf (machines without vLLM)
     num_workers: int = 1
     num_cpus: float = 0.5  # each worker
     num_gpus: float = 0.0
@@ -105,7 +107,7 @@ class TeacherActorConfig:
 class LearnerConfig:
     num_cpus: float = 1.0
     num_gpus: float = 0.0
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of every role
     micro_batch_size: int = 64
     beta1: float = 0.9
     beta2: float = 0.95
@@ -148,14 +150,14 @@ class Config:
 
     name: str = "train"  # the key under which a run is found again
     out: str = "runs"  # a run lives in <out>/<name>
-    cache: str = "cache"  # warm starts, by content hash
+    cache: str = "cache"  # warm starts and teacher evaluations, by content hash
     seed: int = 0  # warm start, prompt order, sampling
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"  # cpu | cuda
 
     lam: float = 1.0  # λ
     lam_schedule: Schedule = field(default_factory=lambda: Schedule(initial=1.0, final=1.0))
     clip: float = 2.0  # c; .inf: no clip
-    extrapolation: Literal["plain", "bounded"] = "plain"
+    extrapolation: Literal["plain", "bounded"] = "plain"  # plain | bounded
     delta: float = 0.5  # δ of the bounded form
     ratio_clip: float = 0.2  # ε on learner/sampler
     max_staleness: int = 0  # 0: on-policy; 1: generate the next batch while the learner works
@@ -219,7 +221,7 @@ def run_directory(config: Config) -> Path:
 
 
 def schedule_value(schedule: Schedule, target: float, step: int, num_steps: int) -> float:
-    """The scheduled value at `step` (0-based) of a run of `num_steps`; `target` is the full value."""
+    """The scheduled value at `step` (0-based) of `num_steps`; `target` is the full value."""
     if schedule.kind == "warmup" and step < schedule.steps:
         return schedule.initial + (target - schedule.initial) * (step + 1) / schedule.steps
     if schedule.kind == "linear" and num_steps > 1:
@@ -257,28 +259,39 @@ def _validate(config: Config) -> None:
     require(config.lr > 0, "lr", "must be > 0")
     for key in ("num_prompts", "group_size", "num_steps"):
         require(getattr(config, key) >= 1, key, "must be ≥ 1")
-    for key, schedule in (("lam_schedule", config.lam_schedule), ("lr_schedule", config.lr_schedule)):
+    for key, schedule in (
+        ("lam_schedule", config.lam_schedule),
+        ("lr_schedule", config.lr_schedule),
+    ):
         require(schedule.kind != "warmup" or schedule.steps >= 1, f"{key}.steps", "must be ≥ 1")
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         noise = model.warmstart.format_noise
         require(0 <= noise < 1, f"{role}.warmstart.format_noise", "must lie in [0, 1)")
-        require(
-            model.path is not None or model.warmstart.num_steps > 0,
-            f"{role}.warmstart.num_steps",
-            f"must be > 0 where {role}.path is null: a model made here knows nothing yet",
-        )
         require(model.hidden_size % 32 == 0, f"{role}.hidden_size", "must be a multiple of 32")
     require(config.rollout.num_workers >= 1, "rollout.num_workers", "must be ≥ 1")
     require(config.scoring.num_actors >= 1, "scoring.num_actors", "must be ≥ 1")
-    require("/" not in config.name and config.name not in ("", ".", ".."), "name", "must be a plain name")
+    require(
+        "/" not in config.name and config.name not in ("", ".", ".."),
+        "name",
+        "must be a plain name",
+    )
 
 
-def describe_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(key, default, comment) of every key of a config class; the comments are this source's own."""
-    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(schema), re.MULTILINE))
-    for key, value in OmegaConf.structured(schema).items():
-        if OmegaConf.is_dict(value) and OmegaConf.get_type(value) is not dict:
-            yield from describe_keys(OmegaConf.get_type(value), f"{prefix}{key}.")
+def describe_keys(schema: type) -> list[tuple[str, str, str]]:
+    """(key, default, comment) of every key of a config class; comments are this very source's."""
+    return list(_describe(OmegaConf.structured(schema), prefix=""))
+
+
+def _describe(section: DictConfig, prefix: str) -> Iterator[tuple[str, str, str]]:
+    schema = OmegaConf.get_type(section) or dict
+    comments: dict[str, str] = {}
+    for ancestor in schema.__mro__[:-1]:
+        source = inspect.getsource(ancestor)
+        comments |= re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE)
+    for name, value in section.items():
+        key = str(name)
+        if isinstance(value, DictConfig) and OmegaConf.get_type(value) is not dict:
+            yield from _describe(value, f"{prefix}{key}.")
         else:
             default = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             shown = "null" if default is None else str(default)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
-from listopd_ray.prepare import Split
 from listopd_ray.roles.rollout import Generated
+from listopd_ray.splits import Split
 from listopd_ray.task.contract import TokenText, judge
 from listopd_ray.task.metrics import evaluate_judged, evaluation_to_dict
-from listopd_ray.types import Evaluation, Judged, Prompt, Rollout
+from listopd_ray.types import Judged, Prompt, Rollout
 
 TAG = "evaluation"  # one occasion: every evaluation of a run draws with the same noise
 

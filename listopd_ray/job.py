@@ -15,14 +15,14 @@ from rich.table import Table
 from listopd_ray import __version__
 from listopd_ray.cluster import Cluster, TeacherPool, launch, make_requests, serve
 from listopd_ray.config import Config, run_directory
-from listopd_ray.evaluate import TAG, evaluate
+from listopd_ray.evaluate import evaluate
 from listopd_ray.models import end_ids, load_tokenizer
-from listopd_ray.prepare import Prepared, answer_length, load_split, prepare
+from listopd_ray.prepare import Prepared, prepare, serving_arguments
 from listopd_ray.roles.rollout import Generated
+from listopd_ray.splits import load_split
 from listopd_ray.task.contract import TokenText
 from listopd_ray.tracking import Run
 from listopd_ray.train import train
-
 
 DEMO_RUNS: dict[str, dict[str, Any]] = {
     "lam1": {"lam": 1.0},
@@ -72,9 +72,8 @@ def evaluate_job(model: str, config: Config) -> None:
     """`listopd evaluate`: one checkpoint on the held-out prompts, as a table and JSON."""
     tokenizer = load_tokenizer(model)
     split = load_split(config, "eval", tokenizer)
-    ends = end_ids(model, tokenizer)
-    with serve(model, config, split.prompts, answer_length(tokenizer, split.examples)) as workers:
-        text = TokenText(tokenizer, ends)
+    text = TokenText(tokenizer, end_ids(model, tokenizer))
+    with serve(config, **serving_arguments(model, config, tokenizer, split)) as workers:
         result, _ = evaluate(workers, split, text, config.evaluation.num_prompts)
     rows = {"sampled, T = 1": [result], "greedy": [result["greedy"]]}
     rich.print(results_table(f"{model} on {result['num_prompts']} held-out prompts", rows))
@@ -109,13 +108,17 @@ def distill(config: Config, prepared: Prepared, cluster: Cluster) -> dict[str, A
     return summary
 
 
-def teacher_evaluation(
-    config: Config, prepared: Prepared, teacher: TeacherPool
-) -> dict[str, Any]:
+def teacher_evaluation(config: Config, prepared: Prepared, teacher: TeacherPool) -> dict[str, Any]:
     """The teacher on the held-out prompts, by its own actor; cached by content."""
     key = json.dumps(
-        [prepared.hashes["teacher"], prepared.hashes["data"], config.evaluation.num_prompts,
-         dataclasses.asdict(config.task), config.data.max_prompt_tokens, prepared.max_new_tokens]
+        [
+            prepared.hashes["teacher"],
+            prepared.hashes["data"],
+            config.evaluation.num_prompts,
+            dataclasses.asdict(config.task),
+            config.data.max_prompt_tokens,
+            prepared.max_new_tokens,
+        ]
     )
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     file = Path(config.cache) / "evaluation" / f"{name}.json"
@@ -151,7 +154,10 @@ def print_table(summaries: dict[str, list[dict[str, Any]]]) -> None:
     With one seed the interval is the evaluation's 95 %, with several the range over seeds.
     """
     first = next(iter(summaries.values()))
-    rows = {"warm start": [s["warm_start"] for s in first], "teacher": [s["teacher"] for s in first]}
+    rows = {
+        "warm start": [s["warm_start"] for s in first],
+        "teacher": [s["teacher"] for s in first],
+    }
     for runs in summaries.values():
         s = runs[0]
         bounded = " bounded" if s["extrapolation"] == "bounded" else ""
@@ -186,8 +192,9 @@ def _cell(results: list[dict[str, Any]], column: str) -> str:
 
 def model_card(config: Config, summary: dict[str, Any]) -> str:
     """The exported student's README: how it was made and how good it is."""
+    models = [summary["warm_start"]], [summary["student"]]
     metrics = "\n".join(
-        f"| {title} | {_cell([summary['warm_start']], name)} | {_cell([summary['student']], name)} |"
+        " | ".join(["", title, *(_cell(model, name) for model in models), ""]).strip()
         for name, title in TABLE_COLUMNS.items()
     )
     hashes = "\n".join(f"- {name}: `{value}`" for name, value in summary["hashes"].items())
@@ -215,9 +222,7 @@ SHA-256:
 
 def _run_group(common: Config, configs: dict[str, Config]) -> None:
     """The unfinished ones of `configs` on one set of engines; they differ in the update alone."""
-    loads_base = dataclasses.replace(
-        common, cliff=dataclasses.replace(common.cliff, measure=True)
-    )
+    loads_base = dataclasses.replace(common, cliff=dataclasses.replace(common.cliff, measure=True))
     prepared = prepare(loads_base)
     with launch(loads_base, **prepared.cluster_arguments()) as cluster:
         cluster.wait_until_ready()

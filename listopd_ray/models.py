@@ -29,9 +29,9 @@ from listopd_ray.types import Example, ListopdError
 END, PAD = "<|end|>", "<|pad|>"
 HEAD_SIZE = 32  # the smallest that vLLM's CPU attention has a kernel for
 
-# JSON punctuation takes a following space with it and a digit a preceding one, so that neither
-# costs a token of its own; both stay single tokens whatever the data.
-_WORDS = r"""[{}\[\]":,] ?| ?\p{N}| ?\p{L}+|\n| ?[^\s\p{L}\p{N}{}\[\]":,]+|\s+"""
+# JSON punctuation takes a following space with it, a digit a preceding space and currency sign, so
+# that these cost no tokens of their own; every digit and punctuation mark is a single token.
+_WORDS = r"""[{}\[\]":,] ?| ?\p{Sc}?\p{N}| ?\p{L}+|\n| ?[^\s\p{L}\p{N}{}\[\]":,]+|\s+"""
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

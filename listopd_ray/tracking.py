@@ -101,7 +101,9 @@ def evaluation_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
 def _start_wandb(config: Config, directory: Path) -> Any:
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    mode = os.environ.get("WANDB_MODE") or (
+        "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    )
     run = wandb.init(
         project=config.tracking.project,
         name=config.name,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
 from listopd_ray.config import Config, schedule_value
 from listopd_ray.evaluate import Sampler, evaluate, judge_rollout
-from listopd_ray.prepare import Prepared
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import PromptStream
 from listopd_ray.tracking import Run, evaluation_metrics
+
+if TYPE_CHECKING:  # not at run time: it brings Ray Train along
+    from listopd_ray.prepare import Prepared
 
 GATE_PROMPTS = 16
 
@@ -105,7 +107,7 @@ def train(
 
 
 def contract_metrics(parts: Sequence[Generated], text: TokenText) -> dict[str, float]:
-    """Strict parse rate and failures by reason of the training rollouts, and their sampling time."""
+    """Strict parse rate, failures by reason and sampling time of the training rollouts."""
     judged = [judge_rollout(rollout, text) for part in parts for rollout in part.rollouts]
     failures = [output.reason for output in judged if output.reason is not None]
     metrics = {f"contract/{r}": failures.count(r) / len(judged) for r in sorted(set(failures))}

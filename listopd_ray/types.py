@@ -1,4 +1,4 @@
-"""What crosses process boundaries: the architecture in one file. numpy and the standard library only.
+"""What crosses process boundaries: the architecture in one file. Imports numpy at most.
 
 P prompt tokens · T completion tokens · K items of a list. Log-probabilities are natural logs
 (nats). Alignment: entry t of every per-token field describes completion token t given the prompt

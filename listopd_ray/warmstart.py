@@ -40,7 +40,7 @@ from listopd_ray.models import (
 )
 from listopd_ray.task.contract import answer_text, ideal_ranking, prompt_text
 from listopd_ray.task.data import dataset_hash, read_examples
-from listopd_ray.types import Example
+from listopd_ray.types import Example, ListopdError
 
 RECIPE = 1  # part of every cache key: raise it when this file trains differently
 
@@ -54,6 +54,10 @@ def warm_start(config: Config, role: str) -> Path:
     model: ModelConfig = getattr(config, role)
     if model.path is not None and model.warmstart.num_steps == 0:
         return Path(model.path)
+    if model.path is None and model.warmstart.num_steps == 0:
+        raise ListopdError(
+            f"{role}: give {role}.path, or {role}.warmstart.num_steps > 0 for a model made here"
+        )
     target = Path(config.cache) / "warmstart" / _cache_key(config, model)
     if not target.exists():
         _train(config, role, model, target)
@@ -68,7 +72,10 @@ def _cache_key(config: Config, model: ModelConfig) -> str:
         "data": dataset_hash(Path(str(config.data.path))),
         "task": dataclasses.asdict(config.task),
         "tokenizer": None if model.path else dataclasses.asdict(config.tokenizer),
-        "model": {**dataclasses.asdict(model), "path": model_hash(model.path) if model.path else ""},
+        "model": {
+            **dataclasses.asdict(model),
+            "path": model_hash(model.path) if model.path else "",
+        },
         "max_prompt_tokens": config.data.max_prompt_tokens,
         "seed": seed,
         "workers": config.warmstart_workers,
@@ -166,7 +173,9 @@ def _worker(arguments: dict[str, Any]) -> None:
         batch = _make_batch([sequences[i] for i in picked], config, vocab_size, rng)
         input_ids, targets, weights = (t[rank::world] for t in batch)
         logits = model(input_ids=input_ids.to(bare.device), use_cache=False).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten().to(bare.device), reduction="none")
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten().to(bare.device), reduction="none"
+        )
         # DDP averages over ranks: the factor makes it the mean over the whole batch.
         loss = (losses * weights.flatten().to(bare.device)).sum() * world / batch[2].sum()
         loss.backward()

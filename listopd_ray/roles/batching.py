@@ -61,7 +61,7 @@ def completion_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 def micro_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in groups of at most `size`, of like length (longest first) so that padding is small."""
+    """Indices in groups of at most `size`, of like length, longest first: little padding."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     for start in range(0, len(order), size):
         yield order[start : start + size]

@@ -1,4 +1,4 @@
-"""Generation with transformers alone: rollouts where vLLM is missing, and the teacher's evaluation."""
+"""Generation with transformers alone: rollouts without vLLM, and the teacher's evaluation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from listopd_ray.models import load_model
 from listopd_ray.roles.batching import collate, completion_logprobs, gather
@@ -59,7 +60,7 @@ class HfEngine:
 
 @torch.inference_mode()
 def generate(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     requests: Sequence[Request],
     *,
     greedy: bool,
@@ -75,7 +76,7 @@ def generate(
         input_ids[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = 1
     torch.manual_seed(requests[0].seed)
-    output = model.generate(  # type: ignore[operator]
+    output = model.generate(
         input_ids=torch.from_numpy(input_ids).to(model.device),
         attention_mask=torch.from_numpy(mask).to(model.device),
         max_new_tokens=max_new_tokens,
@@ -96,7 +97,5 @@ def generate(
     for row, ids in enumerate(tokens.cpu().numpy()):
         stopped = bool(is_end[row].any())
         stop = int(is_end[row].argmax()) + 1 if stopped else len(ids)
-        completions.append(
-            Completion(ids[:stop].tolist(), sampled[row, :stop].tolist(), stopped)
-        )
+        completions.append(Completion(ids[:stop].tolist(), sampled[row, :stop].tolist(), stopped))
     return completions

@@ -167,8 +167,8 @@ class Learner:
             "token_class": np.concatenate([r.token_classes for r in rollouts]),
         }
         if all(r.base_logprobs is not None for r in rollouts):
-            columns["base"] = np.concatenate([r.base_logprobs for r in rollouts])  # type: ignore[arg-type]
-            columns["base_modal"] = np.concatenate([r.base_modal_logprobs for r in rollouts])  # type: ignore[arg-type]
+            columns["base"] = np.concatenate([r.base_logprobs for r in rollouts])
+            columns["base_modal"] = np.concatenate([r.base_modal_logprobs for r in rollouts])
         for name, column in columns.items():
             if not np.isfinite(column).all():
                 raise ListopdError(f"update {self.policy_version}: {name} scores are not finite")

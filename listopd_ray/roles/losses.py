@@ -1,4 +1,4 @@
-"""The update: extrapolated, clipped on-policy distillation of sampled tokens. Pure tensor functions.
+"""The update: extrapolated, clipped on-policy distillation of sampled tokens. Pure functions.
 
 N completion tokens of any number of rollouts, flat: prompts and padding never get here. Natural
 logs (nats). π_T teacher, π_B base, π_θ the student being trained, μ the policy that sampled.

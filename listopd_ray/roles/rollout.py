@@ -63,6 +63,10 @@ class RolloutWorker:
 
             self._engine = HfEngine(batch_size=config.max_num_seqs, device=device, **options)
 
+    def use_checkpoint(self) -> None:
+        """Serve the weights of the checkpoint itself, as version 0."""
+        self._policy_version = 0
+
     def load_weights(self, weights: Weights) -> float:
         """Load `weights`, then compare the canary's log-probabilities with the learner's.
 
@@ -198,4 +202,3 @@ def _flat(flat: Any, token_ids: list[int], skip: int = 0) -> np.ndarray:
     if [flat.token_ids[start] for start in starts] != token_ids:
         raise RuntimeError("vLLM's log-probabilities are not those of the tokens asked for")
     return np.array([flat.logprobs[start] for start in starts], dtype=np.float32)
-

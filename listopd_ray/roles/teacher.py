@@ -128,7 +128,10 @@ class Teacher:
             ScoredRollout(
                 rollout=rollout,
                 **missing,  # type: ignore[arg-type]
-                **{name: array[end - len(rollout.token_ids) : end] for name, array in arrays.items()},
+                **{
+                    name: array[end - len(rollout.token_ids) : end]
+                    for name, array in arrays.items()
+                },
             )
             for rollout, end in zip(rollouts, ends, strict=True)
         ]

@@ -1,0 +1,46 @@
+# Everything happens in .venv, made on first use. On a machine with GPUs: make demo EXTRA=gpu
+PYTHON ?= python3.11
+EXTRA ?= cpu
+# Where pip finds torch's CPU build beside its usual registry; empty: nowhere else.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+VENV := .venv
+BIN := $(VENV)/bin
+INDEX := $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX))
+STAMP := $(VENV)/installed-$(EXTRA)
+
+.PHONY: demo test unit lint format bench clean help
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
+
+demo: $(STAMP)  ## the main job on two CPU cores: warm starts, then λ = 1, 2 and 5 bounded
+	$(BIN)/listopd data synthetic out=data/synthetic
+	$(BIN)/listopd demo conf/demo.yaml
+
+test: $(STAMP)  ## all tests: unit, then real Ray and real engines
+	$(BIN)/python -m pytest tests
+
+unit: $(STAMP)  ## the tests without Ray and engines, in seconds
+	$(BIN)/python -m pytest tests/unit
+
+lint: $(STAMP)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment; runs, cache and data stay
+	rm -rf $(VENV)
+
+# torch first, so that nothing asks for its CUDA build. vLLM's text path needs none of the three
+# packages that are removed, and a build of them for another torch breaks `import transformers`.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(if $(filter cpu,$(EXTRA)),$(INDEX)) torch==2.13.0
+	$(BIN)/python -m pip install $(if $(filter cpu,$(EXTRA)),$(INDEX)) -e '.[$(EXTRA),dev]'
+	$(BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec
+	touch $@

@@ -1,0 +1,81 @@
+"""`listopd rank`: a checkpoint's rankings of examples from a file or standard input."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from listopd_ray.config import Config
+from listopd_ray.types import Example, Judged, ListopdError
+
+
+@dataclass(frozen=True)
+class RankConfig(Config):
+    """A run's configuration, so that its YAML files serve here too, and where rows come and go."""
+
+    input: str = "/dev/stdin"  # JSONL file of examples
+    output: str | None = None  # JSONL file of rankings; null: standard output
+    greedy: bool = True  # false: sample at T = 1
+
+
+def rank(model: str, config: RankConfig) -> None:
+    """Write a row an example, in order: {"id", "ranking": item ids, best first, or null, "reason"}.
+
+    Raises ListopdError for more than `data.max_bad_rows` rows that are no example; fewer are
+    counted on standard error.
+    """
+    from listopd_ray.cluster import serve
+    from listopd_ray.evaluate import judge_rollout
+    from listopd_ray.models import end_ids, load_tokenizer
+    from listopd_ray.prepare import serving_arguments
+    from listopd_ray.splits import encode_split
+    from listopd_ray.task.contract import TokenText
+
+    tokenizer = load_tokenizer(model)
+    split = encode_split(config, read_requests(Path(config.input), config), tokenizer)
+    text = TokenText(tokenizer, end_ids(model, tokenizer))
+    with serve(config, **serving_arguments(model, config, tokenizer, split)) as workers:
+        parts = workers.fetch(workers.generate(split.prompts, "rank", greedy=config.greedy))
+    judged = [judge_rollout(rollout, text) for part in parts for rollout in part.rollouts]
+    rows = [
+        json.dumps(_row(example, output), ensure_ascii=False) + "\n"
+        for example, output in zip(split.examples, judged, strict=True)
+    ]
+    if config.output is None:
+        sys.stdout.writelines(rows)
+        return
+    temporary = Path(f"{config.output}.tmp")
+    try:
+        temporary.write_text("".join(rows), encoding="utf-8")
+        os.replace(temporary, config.output)
+    except OSError as error:
+        raise ListopdError(f"{config.output}: {error.strerror}") from None
+
+
+def read_requests(path: Path, config: Config) -> list[Example]:
+    """Examples whose `relevance` may be missing: it is what ranking is to find out."""
+    from listopd_ray.task.data import Quarantine, parse_example, read_rows
+
+    def parse(row: dict[str, Any]) -> Example:
+        items = row.get("items")
+        unknown = [0.0] * len(items) if isinstance(items, list) else []
+        return parse_example({"relevance": unknown, **row})
+
+    with Quarantine(None, config.data.max_bad_rows) as bad:
+        examples = list(read_rows(path, parse, bad))
+    if not examples:
+        raise ListopdError(f"{path}: no usable example ({bad.count} bad rows)")
+    if bad.count:
+        print(f"listopd: {bad.count} rows of {path} are no example, left out", file=sys.stderr)
+    return examples
+
+
+def _row(example: Example, output: Judged) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": example.id, "ranking": None}
+    if output.ranking is None:
+        return row | {"reason": output.reason}
+    return row | {"ranking": [example.items[number - 1].id for number in output.ranking]}

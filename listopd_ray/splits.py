@@ -1,0 +1,88 @@
+"""Splits of a dataset as a model sees them: examples with their encoded prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from listopd_ray.config import Config
+from listopd_ray.models import encode_prompt
+from listopd_ray.task.contract import answer_text, ideal_ranking
+from listopd_ray.task.data import read_examples
+from listopd_ray.types import Example, ListopdError, Prompt
+
+ANSWER_SLACK = 8  # tokens that a completion may be longer than the longest correct answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Examples of one split and their prompts, in the same order."""
+
+    examples: Sequence[Example]
+    prompts: Sequence[Prompt]
+
+    @property
+    def relevance(self) -> Mapping[str, Sequence[float]]:
+        return {example.id: example.relevance for example in self.examples}
+
+
+def data_directory(config: Config) -> Path:
+    """The dataset directory; raises ListopdError where it is not set or not there."""
+    if config.data.path is None:
+        raise ListopdError("data.path: give a directory that `listopd data` wrote")
+    path = Path(config.data.path)
+    if not (path / "train.jsonl").is_file():
+        raise ListopdError(f"data.path: no train.jsonl in {path} (make one with `listopd data`)")
+    return path
+
+
+def load_split(config: Config, name: str, tokenizer: Any) -> Split:
+    """One split, encoded; over-long prompts are quarantined beside the data with other bad rows."""
+    data = data_directory(config)
+    limit = config.data.max_prompt_tokens
+    encoded: dict[str, np.ndarray] = {}
+
+    def too_long(example: Example) -> str | None:
+        ids = encode_prompt(tokenizer, example, chat_template=config.task.chat_template)
+        encoded[example.id] = ids
+        return f"prompt of {len(ids)} tokens (limit {limit})" if len(ids) > limit else None
+
+    examples = read_examples(
+        data / f"{name}.jsonl",
+        max_bad_rows=config.data.max_bad_rows,
+        quarantine=data / f"{name}.quarantine.jsonl",
+        reject=too_long,
+    )
+    prompts = [Prompt(id=e.id, token_ids=encoded[e.id], num_items=len(e.items)) for e in examples]
+    return Split(examples=examples, prompts=prompts)
+
+
+def encode_split(config: Config, examples: Sequence[Example], tokenizer: Any) -> Split:
+    """Prompts of `examples`; raises ListopdError for one over `data.max_prompt_tokens`."""
+    prompts = []
+    for example in examples:
+        ids = encode_prompt(tokenizer, example, chat_template=config.task.chat_template)
+        if len(ids) > config.data.max_prompt_tokens:
+            raise ListopdError(
+                f"example {example.id!r}: prompt of {len(ids)} tokens "
+                f"(data.max_prompt_tokens={config.data.max_prompt_tokens})"
+            )
+        prompts.append(Prompt(id=example.id, token_ids=ids, num_items=len(example.items)))
+    return Split(examples=examples, prompts=prompts)
+
+
+def answer_length(tokenizer: Any, examples: Sequence[Example]) -> int:
+    """Tokens that a completion may take: those of the longest correct answer and some slack."""
+    longest = max(examples, key=lambda example: len(example.items))
+    return len(answer_ids(tokenizer, longest)) + ANSWER_SLACK
+
+
+def answer_ids(tokenizer: Any, example: Example) -> np.ndarray:
+    """Token ids [T] int32 of the correct answer, end of sequence included."""
+    text = answer_text(ideal_ranking(example.relevance))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return np.array([*ids, tokenizer.eos_token_id], dtype=np.int32)
