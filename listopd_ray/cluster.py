@@ -55,7 +55,7 @@ def ray_session() -> Iterator[None]:
         include_dashboard=None,
         logging_level=logging.WARNING,
         log_to_driver=False,
-        runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_V2": "1"}},
+        runtime_env={"env_vars": _TORCH_ENV},
     )
     try:
         yield

@@ -1,0 +1,71 @@
+"""One Ray cluster, one dataset and one pair of warm starts serve all tests with real engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from listopd_ray.cluster import Cluster, launch
+from listopd_ray.config import Config, load_config
+from listopd_ray.prepare import Prepared, prepare
+from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """More logical CPUs than the machine has: the tests hold several placement groups at once."""
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of a few updates: four items, models that have just learned the form of an answer."""
+    root = tmp_path_factory.mktemp("listopd")
+    write_synthetic(SyntheticConfig(out=str(root / "data"), num_items=4, num_train=400, num_eval=64))
+    return load_config(
+        Config,
+        [
+            f"data.path={root / 'data'}",
+            f"out={root / 'runs'}",
+            f"cache={root / 'cache'}",
+            "lam=1.5",
+            "num_prompts=8",
+            "num_steps=4",
+            "lr=3e-3",
+            "student.warmstart.num_steps=60",
+            "student.warmstart.format_noise=0.05",
+            "student.warmstart.batch_size=32",
+            "teacher.warmstart.num_steps=80",
+            "teacher.warmstart.batch_size=32",
+            "evaluation.num_prompts=32",
+            "evaluation.every=2",
+            "checkpoint.every=2",
+            "tracking.wandb=false",
+        ],
+    )
+
+
+@pytest.fixture(scope="session")
+def prepared(ray_cluster: None, config: Config) -> Prepared:
+    return prepare(config)
+
+
+@pytest.fixture(scope="session")
+def cluster(config: Config, prepared: Prepared) -> Iterator[Cluster]:
+    with launch(config, **prepared.cluster_arguments()) as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture(scope="session")
+def finished_run(config: Config, prepared: Prepared, cluster: Cluster) -> Path:
+    """The directory of a whole run on the shared engines."""
+    from listopd_ray.job import distill
+
+    distill(config, prepared, cluster)
+    return Path(config.out) / config.name

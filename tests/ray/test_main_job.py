@@ -1,0 +1,151 @@
+"""A whole run with real actors and a real engine: what it writes, and that it can be repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from listopd_ray.cluster import Cluster
+from listopd_ray.config import Config, load_config
+from listopd_ray.job import distill, evaluate_job
+from listopd_ray.prepare import Prepared
+from listopd_ray.rank import RankConfig, rank
+from listopd_ray.tracking import TIMING, Run
+from listopd_ray.types import ListopdError
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The run's metrics without those in which equal runs differ."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMING)} for row in rows]
+
+
+def run_again(config: Config, prepared: Prepared, cluster: Cluster, **changes: Any) -> Path:
+    changed = dataclasses.replace(config, **changes)
+    distill(changed, prepared, cluster)
+    return Path(changed.out) / changed.name
+
+
+def test_a_run_leaves_config_metrics_samples_checkpoint_student_and_summary(
+    finished_run: Path, config: Config
+) -> None:
+    assert load_config(Config, [str(finished_run / "config.yaml")]) == config
+    assert [row["train/step"] for row in metrics_of(finished_run)] == [0, 1, 2, 3, 4]
+    assert (finished_run / "checkpoints" / "step-000004" / "optimizer.safetensors").is_file()
+    samples = (finished_run / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 3 * config.evaluation.num_samples  # before, after 2 and after 4 updates
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert (summary["lam"], summary["clip"], summary["num_steps"], summary["seed"]) == (1.5, 2, 4, 0)
+    for model in ("warm_start", "teacher", "student"):
+        low, high = summary[model]["parse_rate_interval"]
+        assert 0 <= low <= summary[model]["parse_rate"] <= high <= 1
+        assert {"ndcg_at_1", "ndcg_at_k", "ndcg_at_k_all", "kendall_tau"} <= set(summary[model])
+
+
+def test_rollout_logprobs_are_the_learners_after_every_sync(finished_run: Path) -> None:
+    rows = metrics_of(finished_run)
+    assert 0 < rows[0]["gate/rollout_max"] < 1e-4
+    assert 0 < rows[0]["gate/teacher_max"] < 1e-4  # the base is the warm start: KL(student, itself)
+    for row in rows[1:]:
+        assert 0 < row["sync/canary_max"] < 1e-4
+        assert 0 < row["kl/mismatch_max"] < 1e-4
+        assert row["rollout/staleness"] == 0
+
+
+def test_the_same_seed_gives_identical_metrics(
+    finished_run: Path, config: Config, prepared: Prepared, cluster: Cluster
+) -> None:
+    repeated = run_again(config, prepared, cluster, name="repeated")
+    assert metrics_of(repeated) == metrics_of(finished_run)
+
+
+def test_another_seed_gives_other_samples(
+    finished_run: Path, config: Config, prepared: Prepared, cluster: Cluster
+) -> None:
+    other = run_again(config, prepared, cluster, name="other-seed", seed=1)
+    assert metrics_of(other)[1]["kl/reverse"] != metrics_of(finished_run)[1]["kl/reverse"]
+
+
+def test_an_interrupted_run_continues_to_the_metrics_and_weights_of_an_undisturbed_one(
+    finished_run: Path,
+    config: Config,
+    prepared: Prepared,
+    cluster: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log = Run.log
+
+    def fail_after_three(self: Run, step: int, metrics: dict[str, float]) -> None:
+        log(self, step, metrics)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "log", fail_after_three)
+        run_again(config, prepared, cluster, name="interrupted")
+    resumed = run_again(config, prepared, cluster, name="interrupted")
+    assert metrics_of(resumed) == metrics_of(finished_run)
+    states = [
+        AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
+        for run in (resumed, finished_run)
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+def test_sampling_ahead_is_stale_by_one_update(
+    config: Config, prepared: Prepared, cluster: Cluster
+) -> None:
+    rows = metrics_of(run_again(config, prepared, cluster, name="ahead", max_staleness=1))
+    assert [row["rollout/staleness"] for row in rows[1:]] == [0, 1, 1, 1]
+    assert rows[-1]["kl/mismatch_max"] > 1e-3  # the samples are another policy's, and it shows
+
+
+def test_a_finished_run_is_not_overwritten(
+    finished_run: Path, config: Config, prepared: Prepared, cluster: Cluster
+) -> None:
+    with pytest.raises(ListopdError, match="finished"):
+        distill(config, prepared, cluster)
+
+
+def test_the_exported_student_loads_in_transformers_and_in_a_fresh_engine(
+    finished_run: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = finished_run / "student"
+    model = AutoModelForCausalLM.from_pretrained(student)
+    assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(student).eos_token_id
+    assert "λ = 1.5" in (student / "README.md").read_text()
+    evaluate_job(str(student), config)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    trained = json.loads((finished_run / "summary.json").read_text())["student"]
+    # The same prompts, seeds and weights: the same completions, but for rounding in the reload.
+    assert math.isclose(result["parse_rate"], trained["parse_rate"], abs_tol=1.5 / 32)
+    assert math.isclose(
+        result["greedy"]["parse_rate"], trained["greedy"]["parse_rate"], abs_tol=1.5 / 32
+    )
+
+
+def test_rank_writes_a_ranking_of_item_ids_or_the_reason_for_none(
+    finished_run: Path, config: Config, tmp_path: Path
+) -> None:
+    examples = Path(str(config.data.path), "eval.jsonl").read_text().splitlines()[:5]
+    rows = [json.loads(line) for line in examples]
+    for row in rows:
+        del row["relevance"]  # nobody who asks for a ranking has it
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [f"input={source}", f"output={target}"]
+    rank(str(finished_run / "student"), load_config(RankConfig, arguments))
+    answers = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [row["id"] for row in rows]
+    for row, answer in zip(rows, answers, strict=True):
+        if answer["ranking"] is None:
+            assert answer["reason"]
+        else:
+            assert sorted(answer["ranking"]) == sorted(item["id"] for item in row["items"])
