@@ -29,6 +29,19 @@ from listopd_ray.types import ListopdError, ScoredRollout, TokenClass, Weights
 
 SELF_KL_TOLERANCE = 1e-5  # nats, float32; the gate widens it with `sync.tolerance`
 
+# Per-token columns of a batch, and the fields of `ScoredRollout` they come from.
+SCORES = {
+    "teacher": "teacher_logprobs",
+    "teacher_modal": "teacher_modal_logprobs",
+    "teacher_unused": "teacher_unused_mass",
+    "token_class": "token_classes",
+}
+BASE_SCORES = {
+    "base": "base_logprobs",
+    "base_modal": "base_modal_logprobs",
+    "base_unused": "base_unused_mass",
+}
+
 
 class Learner:
     """Owns the trained student and its AdamW state. `policy_version` counts its updates."""
@@ -160,17 +173,12 @@ class Learner:
     ) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
         """The micro-batch's share of the loss, and per-token columns [n] for the metrics."""
         batch = collate_rollouts([r.rollout for r in rollouts], self._device)
-        columns = {
-            "teacher": np.concatenate([r.teacher_logprobs for r in rollouts]),
-            "sampler": np.concatenate([r.rollout.sampler_logprobs for r in rollouts]),
-            "teacher_modal": np.concatenate([r.teacher_modal_logprobs for r in rollouts]),
-            "token_class": np.concatenate([r.token_classes for r in rollouts]),
-        }
-        if all(r.base_logprobs is not None for r in rollouts):
-            columns["base"] = np.concatenate([r.base_logprobs for r in rollouts])
-            columns["base_modal"] = np.concatenate([r.base_modal_logprobs for r in rollouts])
-        for name, column in columns.items():
-            if not np.isfinite(column).all():
+        columns = {name: _concatenate(rollouts, field) for name, field in SCORES.items()}
+        columns["sampler"] = np.concatenate([r.rollout.sampler_logprobs for r in rollouts])
+        if rollouts[0].base_logprobs is not None:
+            columns |= {name: _concatenate(rollouts, field) for name, field in BASE_SCORES.items()}
+        for name in ("teacher", "sampler", "base", "teacher_modal", "base_modal"):
+            if name in columns and not np.isfinite(columns[name]).all():
                 raise ListopdError(f"update {self.policy_version}: {name} scores are not finite")
         on_device = {
             name: torch.from_numpy(columns[name]).to(self._device)
@@ -204,6 +212,10 @@ class Learner:
         return loss, columns
 
 
+def _concatenate(rollouts: Sequence[ScoredRollout], field: str) -> np.ndarray:
+    return np.concatenate([getattr(rollout, field) for rollout in rollouts])
+
+
 def _metrics(columns: dict[str, np.ndarray], clip: float) -> dict[str, float]:
     """Scalars of one update from its per-token columns."""
     gap = columns["teacher"] - columns["learner"]
@@ -229,4 +241,8 @@ def _metrics(columns: dict[str, np.ndarray], clip: float) -> dict[str, float]:
             if column in columns:
                 mass = np.exp(columns[column][where]).mean()
                 metrics[f"cliff/{owner}_mass_{token_class.name.lower()}"] = mass
+    for owner in ("teacher", "base"):
+        unused = columns.get(f"{owner}_unused")
+        if unused is not None and not np.isnan(unused).all():
+            metrics[f"cliff/{owner}_unused_mass"] = np.nanmean(unused)
     return {name: float(value) for name, value in metrics.items()}

@@ -26,7 +26,9 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run of a few updates: four items, models that have just learned the form of an answer."""
     root = tmp_path_factory.mktemp("listopd")
-    write_synthetic(SyntheticConfig(out=str(root / "data"), num_items=4, num_train=400, num_eval=64))
+    write_synthetic(
+        SyntheticConfig(out=str(root / "data"), num_items=4, num_train=400, num_eval=64)
+    )
     return load_config(
         Config,
         [

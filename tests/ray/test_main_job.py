@@ -42,7 +42,12 @@ def test_a_run_leaves_config_metrics_samples_checkpoint_student_and_summary(
     samples = (finished_run / "samples.jsonl").read_text().splitlines()
     assert len(samples) == 3 * config.evaluation.num_samples  # before, after 2 and after 4 updates
     summary = json.loads((finished_run / "summary.json").read_text())
-    assert (summary["lam"], summary["clip"], summary["num_steps"], summary["seed"]) == (1.5, 2, 4, 0)
+    assert (summary["lam"], summary["clip"], summary["num_steps"], summary["seed"]) == (
+        1.5,
+        2,
+        4,
+        0,
+    )
     for model in ("warm_start", "teacher", "student"):
         low, high = summary[model]["parse_rate_interval"]
         assert 0 <= low <= summary[model]["parse_rate"] <= high <= 1
@@ -119,7 +124,9 @@ def test_the_exported_student_loads_in_transformers_and_in_a_fresh_engine(
 ) -> None:
     student = finished_run / "student"
     model = AutoModelForCausalLM.from_pretrained(student)
-    assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(student).eos_token_id
+    assert (
+        model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(student).eos_token_id
+    )
     assert "λ = 1.5" in (student / "README.md").read_text()
     evaluate_job(str(student), config)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

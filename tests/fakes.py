@@ -1,0 +1,137 @@
+"""Stand-ins for the roles, small enough to predict: the main loop runs on them without Ray."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from listopd_ray.roles.rollout import Generated
+from listopd_ray.types import Prompt, Rollout
+
+
+def make_rollout(
+    prompt_ids,
+    token_ids,
+    *,
+    num_items=3,
+    prompt_id="p",
+    sampler_logprobs=None,
+    finish_reason="stop",
+    policy_version=0,
+    sample_index=0,
+):
+    if sampler_logprobs is None:
+        sampler_logprobs = np.zeros(len(token_ids))
+    prompt_ids = np.array(prompt_ids, dtype=np.int32)
+    return Rollout(
+        prompt=Prompt(id=prompt_id, token_ids=prompt_ids, num_items=num_items),
+        sample_index=sample_index,
+        token_ids=np.array(token_ids, dtype=np.int32),
+        sampler_logprobs=np.array(sampler_logprobs, dtype=np.float32),
+        finish_reason=finish_reason,
+        policy_version=policy_version,
+    )
+
+
+class Interrupted(Exception):  # noqa: N818 - what happens, not what went wrong
+    """The end of a process, wherever a test wants it."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a remote call returns: the loop may hand it on but not look inside."""
+
+    value: Any
+
+
+class FakeWorkers:
+    """Completions are a function of the loaded weights and of the sample's name, nothing else."""
+
+    def __init__(self, events, tokenizer):
+        self._events = events
+        texts = ['{"ranking": [1, 2, 3]}', '{"ranking": [3, 1, 2]}', '{"ranking": [2, 2, 1]}', "no"]
+        self._completions = [[*tokenizer.encode(t), tokenizer.eos_token_id] for t in texts]
+        self._weights = None
+
+    def load_weights(self, weights):
+        self._weights = weights
+        self._events.append(("load_weights", weights["policy_version"]))
+        return 0.0
+
+    def generate(self, prompts, tag, *, group_size=1, greedy=False):
+        self._events.append(("generate", tag))
+        rollouts = []
+        for prompt in prompts:
+            for index in range(group_size):
+                key = f"{self._weights['theta']!r} {tag} {prompt.id} {index} {greedy}"
+                choice = hashlib.sha256(key.encode()).digest()[0] % len(self._completions)
+                rollouts.append(
+                    Rollout(
+                        prompt=prompt,
+                        sample_index=index,
+                        token_ids=np.array(self._completions[choice], dtype=np.int32),
+                        sampler_logprobs=np.full(len(self._completions[choice]), -1.0, np.float32),
+                        finish_reason="stop",
+                        policy_version=self._weights["policy_version"],
+                    )
+                )
+        half = (len(rollouts) + 1) // 2  # as of two workers
+        parts = [part for part in (rollouts[:half], rollouts[half:]) if part]
+        return [Reference(Generated(rollouts=tuple(part), seconds=0.0)) for part in parts]
+
+    def fetch(self, generated):
+        return [reference.value for reference in generated]
+
+
+class FakeTeacher:
+    def __init__(self, events):
+        self._events = events
+
+    def score(self, generated):
+        self._events.append(("score", len(generated)))
+        return [Reference(reference.value.rollouts) for reference in generated]
+
+
+class FakeLearner:
+    """One weight, θ, that moves by lr · λ · (share of the completions it was given)."""
+
+    def __init__(self, events, fail_at=None):
+        self._events = events
+        self._fail_at = fail_at  # update in which the process ends
+        self.theta = 0.0
+        self.policy_version = 0
+        self.batches = []  # prompt ids of each update
+        self.staleness = []  # of each update, one set
+
+    def step(self, scored, lam, lr):
+        if self.policy_version == self._fail_at:
+            raise Interrupted
+        self._events.append(("learner.step", self.policy_version))
+        rollouts = [rollout for reference in scored for rollout in reference.value]
+        self.batches.append([rollout.prompt.id for rollout in rollouts])
+        self.staleness.append({self.policy_version - r.policy_version for r in rollouts})
+        signal = float(np.mean([int(r.token_ids.sum()) % 7 for r in rollouts]))
+        self.theta += lr * lam * signal
+        self.policy_version += 1
+        return {
+            "kl/reverse": 1.0 / (1.0 + self.theta),
+            "rollout/staleness": float(max(self.staleness[-1])),
+            "rollout/tokens": float(sum(len(r.token_ids) for r in rollouts)),
+        }
+
+    def check_scores(self, scored, base_is_student):
+        self._events.append(("check_scores", base_is_student))
+        return {"gate/rollout_max": 0.0}
+
+    def publish_weights(self):
+        return {"policy_version": self.policy_version, "theta": self.theta}
+
+    def save(self, directory):
+        self._events.append(("save", self.policy_version))
+        (directory / "fake.json").write_text(json.dumps(self.publish_weights()))
+
+    def restore(self, directory):
+        state = json.loads((directory / "fake.json").read_text())
+        self.policy_version, self.theta = state["policy_version"], state["theta"]

@@ -1,0 +1,263 @@
+import dataclasses
+import math
+
+import pytest
+
+from listopd_ray.config import (
+    CliffConfig,
+    Config,
+    Schedule,
+    describe_keys,
+    dump_config,
+    load_config,
+    needs_base,
+    run_directory,
+    schedule_value,
+)
+from listopd_ray.types import ListopdError
+
+
+def load(*arguments):
+    return load_config(Config, list(arguments))
+
+
+@pytest.fixture
+def write_yaml(tmp_path):
+    def write(name, text):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def one_line_error(*arguments):
+    with pytest.raises(ListopdError) as raised:
+        load(*arguments)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+def test_without_arguments_the_defaults_hold():
+    assert load() == Config()
+
+
+def test_later_arguments_win_over_earlier_ones_and_over_defaults(write_yaml):
+    first = write_yaml("first.yaml", "lam: 1.5\nclip: 3.0\nlearner: {beta1: 0.8, beta2: 0.9}\n")
+    second = write_yaml("second.yml", "clip: 4.0\nlearner: {beta2: 0.99}\n")
+    config = load(first, "lam=2", second, "num_steps=7")
+    assert (config.lam, config.clip, config.num_steps) == (2.0, 4.0, 7)
+    assert (config.learner.beta1, config.learner.beta2) == (0.8, 0.99)  # sections merge by key
+    assert load("clip=5.0", first).clip == 3.0  # also a file after a pair
+    assert load(second, first).clip == 3.0
+
+
+def test_numbers_may_be_written_in_any_usual_way():
+    config = load("lr=1e-3", "clip=.inf", "demo_seeds=[0,1,2]", "data.path=null", "name=17")
+    assert config.lr == 0.001
+    assert config.clip == math.inf
+    assert config.demo_seeds == [0, 1, 2]
+    assert config.data.path is None
+    assert config.name == "17"
+
+
+@pytest.mark.parametrize(
+    ("argument", "nearest"),
+    [
+        ("num_prompt=3", "num_prompts"),
+        ("learner.micro_batchsize=3", "micro_batch_size"),
+        ("student.warmstart.num_step=3", "num_steps"),
+        ("max_stalenes=1", "max_staleness"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_valid_one(argument, nearest):
+    message = one_line_error(argument)
+    assert argument.partition("=")[0].split(".")[-1] in message
+    assert nearest in message
+
+
+def test_an_unknown_key_in_a_file_is_named_with_the_file(write_yaml):
+    file = write_yaml("typo.yaml", "learner:\n  beta_1: 0.5\n")
+    message = one_line_error(file)
+    assert file in message
+    assert "beta1" in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "key"),
+    [
+        ("lam=high", "lam"),
+        ("num_steps=2.5", "num_steps"),
+        ("num_steps=null", "num_steps"),
+        ("learner.beta1=[1]", "beta1"),
+        ("student=3", "student"),
+        ("tracking.wandb=perhaps", "wandb"),
+        ("extrapolation=wild", "extrapolation"),
+        ("rollout.backend=sglang", "backend"),
+        ("lam_schedule.kind=cosine", "kind"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_its_key(argument, key):
+    assert key in one_line_error(argument)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["lam=-0.1"],
+        ["lam=.nan"],
+        ["lam=.inf"],
+        ["clip=1"],
+        ["clip=.nan"],
+        ["delta=1.1"],
+        ["delta=-0.1"],
+        ["ratio_clip=0"],
+        ["clip=.inf", "extrapolation=bounded"],
+        ["max_staleness=2"],
+        ["max_staleness=-1"],
+        ["lr=0"],
+        ["num_prompts=0"],
+        ["group_size=0"],
+        ["num_steps=0"],
+        ["lam_schedule.kind=warmup"],
+        ["lr_schedule.kind=warmup", "lr_schedule.steps=0"],
+        ["student.warmstart.format_noise=1"],
+        ["teacher.hidden_size=48"],
+        ["rollout.num_workers=0"],
+        ["scoring.num_actors=0"],
+        ["name=a/b"],
+        ["name=.."],
+        ["name="],
+    ],
+    ids=" ".join,
+)
+def test_a_value_out_of_range_is_named_with_its_key(arguments):
+    named = [argument.partition("=")[0].removesuffix(".kind") for argument in arguments]
+    message = one_line_error(*arguments)
+    assert any(message.startswith(key) for key in named), message
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "learner.micro_batch_size=0",
+        "scoring.micro_batch_size=0",
+        "scoring.support_size=-1",
+        "rollout.max_num_seqs=0",
+        "rollout.max_new_tokens=-1",
+        "checkpoint.keep=0",
+        "learner.beta1=1",
+        "learner.max_grad_norm=0",
+        "lam_schedule.final=-1",
+        "lr=.inf",
+    ],
+)
+def test_a_value_that_could_only_fail_later_is_refused_at_once(argument):
+    arguments = [argument]
+    if argument.startswith("lam_schedule"):
+        arguments.append("lam_schedule.kind=linear")
+    assert argument.partition("=")[0].split(".")[0] in one_line_error(*arguments)
+
+
+@pytest.mark.parametrize("argument", ["lam", "conf.json", "--lam", ""])
+def test_an_argument_that_is_neither_a_file_nor_a_pair_is_refused(argument):
+    assert argument in one_line_error(argument)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    file = str(tmp_path / "nowhere.yaml")
+    assert one_line_error(file) == f"{file}: no such file"
+
+
+@pytest.mark.parametrize("text", ["lam: [1", "a: b: c", "- 1\n- 2\n", "just words", "\x00"])
+def test_a_file_that_is_no_mapping_of_keys_is_named(write_yaml, text):
+    file = write_yaml("broken.yaml", text)
+    assert file in one_line_error(file)
+
+
+def test_an_empty_file_changes_nothing(write_yaml):
+    assert load(write_yaml("empty.yaml", "")) == Config()
+
+
+@pytest.mark.parametrize("argument", ["name=${nowhere}", "name=${oc.env:NO_SUCH_VARIABLE}"])
+def test_a_reference_to_nothing_is_an_error_of_one_line(argument):
+    assert argument.partition("=")[0] in one_line_error(argument)
+
+
+def test_the_dumped_configuration_reads_back_as_the_same(write_yaml):
+    config = load(
+        "lam=1.7",
+        "clip=.inf",
+        "lr=3e-7",
+        "name=ä run",
+        "lam_schedule={kind: linear, final: 1.5}",
+        "rollout.engine={enforce_eager: true, nested: {a: [1, 2]}}",
+        "student.path=/models/qwen",
+        "demo_seeds=[3]",
+    )
+    assert load(write_yaml("dumped.yaml", dump_config(config))) == config
+
+
+def test_a_configuration_cannot_be_changed():
+    config = load()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lam = 2.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.learner.beta1 = 0.0
+
+
+def test_no_two_configurations_share_a_list_or_mapping():
+    assert Config().demo_seeds is not Config().demo_seeds
+    assert Config().rollout.engine is not Config().rollout.engine
+
+
+def test_a_run_lives_under_out_and_name():
+    assert str(run_directory(load("out=somewhere", "name=mine"))) == "somewhere/mine"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        (Schedule(), [2.0, 2.0, 2.0, 2.0, 2.0]),
+        (Schedule(kind="constant", initial=9.0, final=9.0, steps=3), [2.0] * 5),
+        (Schedule(kind="warmup", initial=1.0, steps=4), [1.25, 1.5, 1.75, 2.0, 2.0]),
+        (Schedule(kind="warmup", initial=0.0, steps=1), [2.0] * 5),
+        (Schedule(kind="linear", final=1.0), [2.0, 1.75, 1.5, 1.25, 1.0]),
+        (Schedule(kind="linear", final=4.0), [2.0, 2.5, 3.0, 3.5, 4.0]),
+    ],
+    ids=str,
+)
+def test_schedule_takes_these_values(schedule, values):
+    assert [schedule_value(schedule, 2.0, step, 5) for step in range(5)] == values
+
+
+def test_a_linear_schedule_over_one_step_stays_at_its_start():
+    assert schedule_value(Schedule(kind="linear", final=1.0), 2.0, 0, 1) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        ([], False),
+        (["lam=1.2"], True),
+        (["lam=0"], True),
+        (["lam_schedule.kind=warmup", "lam_schedule.steps=5"], False),  # from 1 to 1
+        (["lam=2", "lam_schedule.kind=warmup", "lam_schedule.steps=500"], True),
+        (["lam_schedule.kind=linear", "lam_schedule.final=1.5"], True),  # only later
+        (["lam_schedule.kind=linear", "lam_schedule.final=1.5", "num_steps=1"], False),
+        (["cliff.measure=true"], True),
+    ],
+    ids=str,
+)
+def test_a_base_is_needed_where_any_step_extrapolates_or_measures(arguments, needed):
+    assert needs_base(load(*arguments)) is needed
+
+
+def test_every_key_is_described_once():
+    keys = [key for key, _, _ in describe_keys(Config)]
+    assert len(keys) == len(set(keys))
+    assert {"lam", "student.warmstart.lr", "rollout.engine", "lr_schedule.kind"} <= set(keys)
+    described = {key: (default, comment) for key, default, comment in describe_keys(Config)}
+    assert described["lam"] == ("1.0", "λ")
+    assert described["data.path"][0] == "null"
+    assert described["cliff.measure"][0] == str(CliffConfig().measure)

@@ -1,0 +1,303 @@
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import oracles
+import pytest
+import torch
+
+from listopd_ray.config import TeacherActorConfig
+from listopd_ray.models import load_model
+from listopd_ray.roles.hf_engine import HfEngine
+from listopd_ray.roles.rollout import Generated, Request
+from listopd_ray.roles.teacher import Teacher
+from listopd_ray.roles.weights import export_tensors, torch_tensors
+from listopd_ray.types import Weights
+
+# Float32 through two layers, in a batch or alone.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def make_teacher(teacher_path):
+    def make(base_path=None, **settings):
+        return Teacher(
+            TeacherActorConfig(**settings),
+            teacher_path=str(teacher_path),
+            base_path=str(base_path) if base_path else None,
+            dtype="float32",
+            device="cpu",
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def scored(make_teacher, base_path, rollouts):
+    teacher = make_teacher(base_path, micro_batch_size=3, support_size=4)
+    return teacher.score(Generated(rollouts=rollouts, seconds=0.0)).rollouts
+
+
+@pytest.fixture(scope="module")
+def expected(rollouts, teacher_model, base_model):
+    """[rollout] (teacher [T, V], base [T, V]), each row by a forward pass of its own."""
+    return [
+        tuple(
+            np.array(oracles.prefix_logprobs(model, r.prompt.token_ids, r.token_ids))
+            for model in (teacher_model, base_model)
+        )
+        for r in rollouts
+    ]
+
+
+def test_scores_come_in_the_order_of_the_rollouts_whatever_the_micro_batch(scored, rollouts):
+    assert [part.rollout for part in scored] == list(rollouts)  # compared by identity
+
+
+def test_every_field_has_one_entry_a_token_of_the_documented_type(scored):
+    types = {
+        "modal_ids": np.int32,
+        "token_classes": np.int8,
+        "support_ids": np.int32,
+    }
+    for part in scored:
+        for field in dataclasses.fields(part):
+            if field.name != "rollout":
+                array = getattr(part, field.name)
+                assert array.shape[0] == len(part.rollout.token_ids)
+                assert array.dtype == types.get(field.name, np.float32), field.name
+
+
+def test_scores_are_those_of_the_bare_prefixes(scored, expected):
+    for part, (teacher, base) in zip(scored, expected, strict=True):
+        at = np.arange(len(part.rollout.token_ids)), part.rollout.token_ids
+        modal = np.arange(len(part.rollout.token_ids)), teacher.argmax(axis=1)
+        assert np.abs(part.teacher_logprobs - teacher[at]).max() < TOLERANCE
+        assert np.abs(part.base_logprobs - base[at]).max() < TOLERANCE
+        assert part.modal_ids.tolist() == teacher.argmax(axis=1).tolist()
+        assert np.abs(part.teacher_modal_logprobs - teacher.max(axis=1)).max() < TOLERANCE
+        assert np.abs(part.base_modal_logprobs - base[modal]).max() < TOLERANCE
+
+
+def test_support_is_the_most_likely_tokens_in_order(scored, expected):
+    for part, (teacher, _) in zip(scored, expected, strict=True):
+        best = np.argsort(-teacher, axis=1)[:, :4]
+        assert part.support_ids.tolist() == best.tolist()
+        logprobs = np.take_along_axis(teacher, best, axis=1)
+        assert np.abs(part.support_logprobs - logprobs).max() < TOLERANCE
+
+
+def test_unused_mass_is_the_sum_over_every_token_that_starts_an_unused_id(
+    scored, expected, tokenizer
+):
+    num_starts = 0
+    for part, (teacher, base) in zip(scored, expected, strict=True):
+        starts = oracles.id_starts(tokenizer, part.rollout.token_ids)
+        defined = set(np.flatnonzero(~np.isnan(part.teacher_unused_mass)))
+        assert defined == set(starts)
+        assert defined == set(np.flatnonzero(~np.isnan(part.base_unused_mass)))
+        for position, used in starts.items():
+            for mass, rows in (
+                (part.teacher_unused_mass, teacher),
+                (part.base_unused_mass, base),
+            ):
+                num_items = part.rollout.prompt.num_items
+                total = oracles.unused_mass(tokenizer, rows[position], used, num_items)
+                assert mass[position] == pytest.approx(total, rel=1e-4)  # masses of 6e-4 to 0.3
+        num_starts += len(starts)
+    assert num_starts == 17  # of COMPLETIONS: 3 + 3 + 4 + 1 + 0 + 0 + 3 + 3
+
+
+def test_without_a_base_its_fields_are_none_and_all_others_the_same(scored, make_teacher, rollouts):
+    teacher = make_teacher(micro_batch_size=3, support_size=4)
+    alone = teacher.score(Generated(rollouts=rollouts, seconds=0.0)).rollouts
+    for part, with_base in zip(alone, scored, strict=True):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if field.name.startswith("base_"):
+                assert value is None
+            elif field.name != "rollout":
+                np.testing.assert_array_equal(value, getattr(with_base, field.name))
+
+
+def test_without_support_size_there_is_no_support(make_teacher, rollouts):
+    (part,) = make_teacher().score(Generated(rollouts=rollouts[:1], seconds=0.0)).rollouts
+    assert part.support_ids is None
+    assert part.support_logprobs is None
+
+
+def requests_for(rollouts, seed=3):
+    return [Request(prompt=r.prompt, sample_index=0, seed=seed) for r in rollouts]
+
+
+def test_the_teacher_generates_its_own_completions(make_teacher, rollouts, teacher_model):
+    generated = make_teacher().generate(requests_for(rollouts[:3]), 6, greedy=True)
+    for rollout, source in zip(generated.rollouts, rollouts, strict=False):
+        prompt = source.prompt.token_ids
+        tokens = oracles.greedy(teacher_model, prompt, end_ids=(0,), max_new_tokens=6)
+        assert rollout.token_ids.tolist() == tokens
+        assert rollout.finish_reason == ("stop" if tokens[-1] == 0 else "length")
+
+
+# The transformers engine
+
+
+@pytest.fixture(scope="module")
+def make_engine(student_path):
+    def make(path=student_path, **settings):
+        options = dict(end_ids=(0,), max_new_tokens=7, batch_size=8)
+        return HfEngine(
+            model_path=str(path), dtype="float32", device="cpu", **{**options, **settings}
+        )
+
+    return make
+
+
+def make_weights(model, dtype="float32"):
+    return Weights(
+        policy_version=1,
+        tensors=export_tensors(model, getattr(torch, dtype)),
+        dtype=dtype,
+        canary_ids=np.zeros(2, dtype=np.int32),
+        canary_logprobs=np.zeros(1, dtype=np.float32),
+    )
+
+
+def test_loaded_weights_serve_the_other_model(make_engine, teacher_path, student_model, canary_ids):
+    engine = make_engine(teacher_path)
+    expected = [
+        row[token]
+        for row, token in zip(
+            oracles.prefix_logprobs(student_model, canary_ids[:1], canary_ids[1:]),
+            canary_ids[1:],
+            strict=True,
+        )
+    ]
+    before = engine.prompt_logprobs(canary_ids)
+    assert np.abs(before - expected).max() > 0.1, "the models must differ"
+    engine.load_weights(make_weights(student_model))
+    assert np.abs(engine.prompt_logprobs(canary_ids) - expected).max() < TOLERANCE
+
+
+def test_exported_tensors_carry_checkpoint_names_and_the_tied_head(student_model, student_path):
+    tensors = export_tensors(student_model, torch.float32)
+    stored = load_model(student_path).state_dict()
+    assert set(tensors) == set(stored) | {"lm_head.weight"}
+    for name, tensor in stored.items():
+        np.testing.assert_array_equal(tensors[name], tensor.numpy())
+    head, embedding = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(head, embedding)
+
+
+def test_bfloat16_travels_bit_for_bit(student_model):
+    weights = make_weights(student_model, "bfloat16")
+    assert all(array.dtype == np.uint16 for array in weights.tensors.values())
+    state = student_model.state_dict()
+    for name, tensor in torch_tensors(weights):
+        assert torch.equal(tensor, state[name].bfloat16())
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_weights_that_do_not_fit_are_refused(make_engine, student_model, change):
+    weights = make_weights(student_model)
+    name = "model.norm.weight"
+    tensors = {n: t for n, t in weights.tensors.items() if n != name or change == "unknown"}
+    if change == "unknown":
+        tensors["model.norm.bias"] = weights.tensors[name]
+    with pytest.raises(RuntimeError, match=r"model\.norm"):
+        make_engine().load_weights(dataclasses.replace(weights, tensors=tensors))
+
+
+def test_greedy_generation_is_the_stepwise_argmax_whatever_the_left_padding(
+    make_engine, rollouts, student_model
+):
+    together = make_engine().generate(requests_for(rollouts), greedy=True)
+    for rollout, completion in zip(rollouts, together, strict=True):
+        prompt = rollout.prompt.token_ids
+        tokens = oracles.greedy(student_model, prompt, end_ids=(0,), max_new_tokens=7)
+        assert completion.token_ids == tokens
+
+
+def test_reported_logprobs_are_those_of_the_policy_itself(make_engine, rollouts, student_model):
+    completions = make_engine().generate(requests_for(rollouts), greedy=False)
+    for rollout, completion in zip(rollouts, completions, strict=True):
+        rows = oracles.prefix_logprobs(
+            student_model, rollout.prompt.token_ids, completion.token_ids
+        )
+        expected = [row[token] for row, token in zip(rows, completion.token_ids, strict=True)]
+        assert completion.logprobs == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_generation_ends_with_the_first_end_token_and_keeps_it(
+    make_engine, rollouts, student_model
+):
+    free = make_engine().generate(requests_for(rollouts), greedy=True)
+    end_ids = (free[0].token_ids[3], free[4].token_ids[1])
+    for rollout, completion in zip(
+        rollouts, make_engine(end_ids=end_ids).generate(requests_for(rollouts), True), strict=True
+    ):
+        tokens = oracles.greedy(
+            student_model, rollout.prompt.token_ids, end_ids=end_ids, max_new_tokens=7
+        )
+        assert completion.token_ids == tokens
+        assert completion.stopped == (tokens[-1] in end_ids)
+        assert len(completion.logprobs) == len(tokens)
+
+
+def test_sampling_draws_from_the_whole_distribution(make_engine, rollouts, student_model):
+    """First tokens of many draws against exact probabilities: no temperature, top-k or top-p."""
+    prompt, num_draws = rollouts[0].prompt, 4000
+    requests = [Request(prompt=prompt, sample_index=i, seed=11) for i in range(num_draws)]
+    completions = make_engine(max_new_tokens=1, batch_size=num_draws).generate(requests, False)
+    counts = np.bincount([c.token_ids[0] for c in completions], minlength=340)
+    (row,) = oracles.prefix_logprobs(student_model, prompt.token_ids, [0])
+    exact = np.exp(row) * num_draws
+    order = np.argsort(-exact)
+    # Bins of at least 40 expected draws; χ² has mean n − 1 and deviation √(2(n − 1)).
+    edges = [0]
+    for index in range(len(order)):
+        if exact[order[edges[-1] : index + 1]].sum() >= 40:
+            edges.append(index + 1)
+    bins = [order[a:b] for a, b in zip(edges[:-1], [*edges[1:-1], len(order)], strict=True)]
+    chi2 = sum((counts[b].sum() - exact[b].sum()) ** 2 / exact[b].sum() for b in bins)
+    assert len(bins) > 20
+    assert chi2 < len(bins) - 1 + 5 * np.sqrt(2 * (len(bins) - 1))
+
+
+def test_the_seed_fixes_the_samples(make_engine, rollouts):
+    engine = make_engine()
+
+    def sample(seed):
+        requests = requests_for(rollouts, seed=seed)
+        return [completion.token_ids for completion in engine.generate(requests, False)]
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_sampling_defaults_of_the_checkpoint_are_ignored(
+    make_engine, rollouts, student_path, student_model, tmp_path
+):
+    """Real checkpoints ship penalties and truncation: Qwen2.5 has repetition_penalty 1.05."""
+    path = tmp_path / "model"
+    shutil.copytree(student_path, path)
+    file = path / "generation_config.json"
+    defaults = {
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_k": 1,
+        "top_p": 0.1,
+        "repetition_penalty": 50.0,
+        "no_repeat_ngram_size": 1,
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | defaults))
+    requests = requests_for(rollouts)
+    spoiled, plain = (make_engine(p).generate(requests, False) for p in (path, student_path))
+    assert [c.token_ids for c in spoiled] == [c.token_ids for c in plain]
+    for rollout, completion in zip(
+        rollouts, make_engine(path).generate(requests, True), strict=True
+    ):
+        prompt = rollout.prompt.token_ids
+        tokens = oracles.greedy(student_model, prompt, end_ids=(0,), max_new_tokens=7)
+        assert completion.token_ids == tokens

@@ -1,0 +1,256 @@
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+from fakes import FakeLearner, FakeTeacher, FakeWorkers, Interrupted
+
+from listopd_ray.config import CheckpointConfig, Config, EvaluationConfig, Schedule, TrackingConfig
+from listopd_ray.models import encode_prompt
+from listopd_ray.task.contract import TokenText
+from listopd_ray.tracking import TIMING, Run
+from listopd_ray.train import train
+from listopd_ray.types import ListopdError, Prompt
+
+NUM_STEPS = 7
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(
+        name="run",
+        out=str(tmp_path / "runs"),
+        num_steps=NUM_STEPS,
+        num_prompts=5,
+        group_size=2,
+        lr=0.1,
+        lam=1.5,
+        lam_schedule=Schedule(kind="linear", final=1.0),
+        lr_schedule=Schedule(kind="warmup", steps=3),
+        evaluation=EvaluationConfig(every=3, num_prompts=4, num_samples=2),
+        checkpoint=CheckpointConfig(every=2, keep=2),
+        tracking=TrackingConfig(wandb=False),
+    )
+
+
+@pytest.fixture(scope="module")
+def data(examples, tokenizer):
+    """What the loop uses of the prepared inputs; 12 prompts, so that 5 a step cross an epoch."""
+
+    def split(part):
+        prompts = [
+            Prompt(id=e.id, token_ids=encode_prompt(tokenizer, e, chat_template=False), num_items=3)
+            for e in part
+        ]
+        relevance = {example.id: example.relevance for example in part}
+        return SimpleNamespace(examples=part, prompts=prompts, relevance=relevance)
+
+    return SimpleNamespace(
+        train=split(examples[:12]),
+        evaluation=split(examples[12:18]),
+        text=TokenText(tokenizer, (tokenizer.eos_token_id,)),
+        base_is_student=True,
+    )
+
+
+@pytest.fixture
+def start(data, tokenizer):
+    """Runs the loop on fakes from scratch, as a new process would; returns what it left behind."""
+
+    def start(config, fail_at=None, finish=True):
+        events = []
+        learner = FakeLearner(events, fail_at)
+        workers, teacher = FakeWorkers(events, tokenizer), FakeTeacher(events)
+        outcome = SimpleNamespace(events=events, learner=learner, results=None)
+        with Run(config) as run:
+            try:
+                outcome.results = train(config, data, workers, teacher, learner, run)
+            except Interrupted:
+                return outcome
+            if finish:
+                run.finish(outcome.results)
+        return outcome
+
+    return start
+
+
+def in_another_place(config, tmp_path):
+    return dataclasses.replace(config, out=str(tmp_path / "other"))
+
+
+def rows(config, name="metrics.jsonl"):
+    """Lines of a run's file without what the clock says."""
+    with open(f"{config.out}/{config.name}/{name}", encoding="utf-8") as file:
+        parsed = [json.loads(line) for line in file]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMING)} for row in parsed]
+
+
+def verbs_of_the_loop(events):
+    """Training alone: its generations, updates and weight syncs."""
+    return [
+        f"generate {what}" if verb == "generate" else f"{verb} {what}"
+        for verb, what in events
+        if verb in ("learner.step", "load_weights") or str(what).startswith("train/")
+    ]
+
+
+def test_on_policy_order_is_sample_learn_publish(config, start):
+    outcome = start(dataclasses.replace(config, num_steps=3, max_staleness=0))
+    assert verbs_of_the_loop(outcome.events) == [
+        "load_weights 0",
+        "generate train/0",
+        "learner.step 0",
+        "load_weights 1",
+        "generate train/1",
+        "learner.step 1",
+        "load_weights 2",
+        "generate train/2",
+        "learner.step 2",
+        "load_weights 3",
+    ]
+
+
+def test_with_staleness_one_the_next_batch_is_sampled_before_the_update(config, start):
+    outcome = start(dataclasses.replace(config, num_steps=3, max_staleness=1))
+    assert verbs_of_the_loop(outcome.events) == [
+        "load_weights 0",
+        "generate train/0",
+        "generate train/1",
+        "learner.step 0",
+        "load_weights 1",
+        "generate train/2",
+        "learner.step 1",
+        "load_weights 2",
+        "learner.step 2",  # and nothing is sampled that no step would use
+        "load_weights 3",
+    ]
+
+
+def test_staleness_is_exactly_what_the_configuration_says(config, start):
+    assert start(config).learner.staleness == [{0}] * NUM_STEPS
+    overlapping = dataclasses.replace(config, name="overlapping", max_staleness=1)
+    # The first batch has nothing to overlap with.
+    assert start(overlapping).learner.staleness == [{0}] + [{1}] * (NUM_STEPS - 1)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_each_update_sees_its_own_prompts_in_groups(config, start, data, max_staleness):
+    batches = start(dataclasses.replace(config, max_staleness=max_staleness)).learner.batches
+    assert all(batch[::2] == batch[1::2] for batch in batches)  # two samples a prompt
+    drawn = [prompt for batch in batches for prompt in batch[::2]]
+    everything = {prompt.id for prompt in data.train.prompts}
+    assert set(drawn[:12]) == set(drawn[12:24]) == everything  # each epoch shows all
+    assert drawn[:12] != drawn[12:24]
+
+
+def test_the_gate_and_the_first_evaluation_come_before_any_update(config, start):
+    events = [verb if verb != "generate" else tag for verb, tag in start(config).events]
+    begin = ["load_weights", "gate", "score", "check_scores", "evaluation", "evaluation"]
+    assert events[: len(begin)] == begin
+    assert events.count("gate") == events.count("check_scores") == 1
+
+
+def test_evaluations_checkpoints_and_schedules_come_when_due(config, start):
+    outcome = start(config)
+    metrics = rows(config)
+    assert [row["train/step"] for row in metrics] == list(range(NUM_STEPS + 1))
+    evaluated = [row["train/step"] for row in metrics if "eval/parse_rate" in row]
+    assert evaluated == [0, 3, 6, 7]
+    assert [version for verb, version in outcome.events if verb == "save"] == [2, 4, 6, 7]
+    assert [row["train/lam"] for row in metrics[1:]] == pytest.approx(
+        [1.5 - 0.5 * step / 6 for step in range(NUM_STEPS)]
+    )
+    assert [row["train/lr"] for row in metrics[1:4]] == pytest.approx([0.1 / 3, 0.2 / 3, 0.1])
+    assert {row["train/step"] for row in rows(config, "samples.jsonl")} == {0, 3, 6, 7}
+    assert set(outcome.results) == {"warm_start", "student"}
+    assert outcome.results["student"]["parse_rate"] == metrics[-1]["eval/parse_rate"]
+    assert outcome.results["warm_start"]["parse_rate"] == metrics[0]["eval/parse_rate"]
+
+
+def test_parse_rate_and_failures_of_the_training_rollouts_add_up(config, start):
+    start(config)
+    for row in rows(config)[1:]:
+        shares = [value for name, value in row.items() if name.startswith("contract/")]
+        assert sum(shares) == pytest.approx(1.0)
+        assert row["contract/parse_rate"] * 10 == pytest.approx(
+            round(row["contract/parse_rate"] * 10)
+        )
+
+
+@pytest.mark.parametrize("fail_at", [0, 1, 2, 3, 5, 6])
+def test_a_resumed_run_equals_the_uninterrupted_one(config, start, tmp_path, fail_at):
+    whole = start(config)
+    broken = in_another_place(config, tmp_path)
+    assert start(broken, fail_at).results is None
+    resumed = start(broken)
+    assert resumed.learner.theta == whole.learner.theta
+    assert resumed.results == whole.results
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert rows(broken, name) == rows(config, name)
+    summaries = [f"{c.out}/{c.name}/summary.json" for c in (config, broken)]
+    assert len({open(file).read() for file in summaries}) == 1  # noqa: SIM115
+    # What a checkpoint holds is not done again.
+    assert len(resumed.learner.batches) == NUM_STEPS - fail_at // 2 * 2
+
+
+def test_a_run_may_be_interrupted_more_than_once(config, start, tmp_path):
+    start(config)
+    broken = in_another_place(config, tmp_path)
+    for fail_at in (1, 3, 3, 6):
+        start(broken, fail_at)
+    start(broken)
+    assert rows(broken) == rows(config)
+
+
+def test_with_staleness_one_a_resumed_run_takes_the_same_prompts(config, start, tmp_path):
+    config = dataclasses.replace(config, max_staleness=1)
+    whole = start(config)
+    broken = in_another_place(config, tmp_path)
+    start(broken, fail_at=5)
+    resumed = start(broken)
+    assert resumed.learner.batches == whole.learner.batches[4:]
+    # The batch in flight is lost: the first one after a restart is sampled anew, on-policy.
+    assert resumed.learner.staleness == [{0}, {1}, {1}]
+    assert rows(broken)[:5] == rows(config)[:5]
+    assert [row["train/step"] for row in rows(broken)] == list(range(NUM_STEPS + 1))
+
+
+def test_a_run_stopped_before_its_summary_finishes_without_another_update(config, start):
+    whole = start(config, finish=False)
+    before = rows(config)
+    again = start(config)
+    assert again.learner.batches == []
+    assert again.results == whole.results
+    assert rows(config) == before
+
+
+def test_a_finished_run_refuses_to_start_again(config, start):
+    start(config)
+    before = rows(config)
+    with pytest.raises(ListopdError, match="finished"):
+        start(config)
+    assert rows(config) == before
+
+
+def test_a_run_begun_with_another_configuration_refuses_and_names_the_keys(config, start):
+    start(config, fail_at=3)
+    changed = dataclasses.replace(
+        config, lam=1.7, evaluation=dataclasses.replace(config.evaluation, every=5)
+    )
+    with pytest.raises(ListopdError) as raised:
+        start(changed)
+    message = str(raised.value)
+    assert "lam (1.5 → 1.7)" in message
+    assert "evaluation.every (3 → 5)" in message
+    assert "clip" not in message
+    assert start(config).results  # the run itself is untouched
+
+
+def test_a_line_cut_short_by_a_full_disk_does_not_stop_the_resumption(config, start, tmp_path):
+    start(config)
+    broken = in_another_place(config, tmp_path)
+    start(broken, fail_at=3)
+    with open(f"{broken.out}/run/metrics.jsonl", "a") as file:
+        file.write('{"train/step": 4, "kl/rev')
+    start(broken)
+    assert rows(broken) == rows(config)
