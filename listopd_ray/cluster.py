@@ -53,7 +53,7 @@ def ray_session() -> Iterator[None]:
         return
     ray.init(
         include_dashboard=None,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
         log_to_driver=False,
         runtime_env={"env_vars": _TORCH_ENV},
     )
@@ -170,7 +170,7 @@ class Cluster:
         worker_actors = [
             self._spawn(RolloutWorker, 1 + index, _vllm_env(config)).remote(
                 rollout,
-                model_path=str(student_path),
+                model_path=str(student_path.absolute()),
                 dtype=learner.dtype,
                 device=config.device,
                 end_ids=end_ids,
@@ -180,16 +180,18 @@ class Cluster:
             )
             for index in range(rollout.num_workers)
         ]
-        teacher_actors = [
-            self._spawn(Teacher, 1 + rollout.num_workers + index, _TORCH_ENV).remote(
-                scoring,
-                teacher_path=str(teacher_path),
-                base_path=str(base_path) if base_path else None,
-                dtype=learner.dtype,
-                device=config.device,
-            )
-            for index in range(num_teachers)
-        ]
+        teacher_actors = []
+        if teacher_path is not None:
+            teacher_actors = [
+                self._spawn(Teacher, 1 + rollout.num_workers + index, _TORCH_ENV).remote(
+                    scoring,
+                    teacher_path=str(teacher_path.absolute()),
+                    base_path=str(base_path.absolute()) if base_path else None,
+                    dtype=learner.dtype,
+                    device=config.device,
+                )
+                for index in range(num_teachers)
+            ]
         self.workers = Workers(worker_actors, config.seed)
         self.teacher = TeacherPool(teacher_actors)
         self._starting = [actor.__ray_ready__.remote() for actor in worker_actors + teacher_actors]
@@ -201,7 +203,7 @@ class Cluster:
         if self._learner is not None:
             ray.kill(self._learner)
         self._learner = self._spawn(Learner, 0, _TORCH_ENV).remote(
-            config, student_path=str(student_path), canary_ids=canary_ids
+            config, student_path=str(student_path.absolute()), canary_ids=canary_ids
         )
         _wait([self._learner.__ray_ready__.remote()], "learner")
         return LearnerHandle(self._learner)
@@ -284,6 +286,9 @@ def _wait(references: list[Any], what: str) -> None:
         ray.get(references, timeout=START_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError:
         raise ListopdError(f"{what}: not ready after {START_TIMEOUT_S:g} s") from None
+    except ray.exceptions.ActorDiedError as error:
+        reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+        raise ListopdError(f"{what}: failed to start: {reason}") from error
 
 
 def _vllm_env(config: Config) -> dict[str, str]:

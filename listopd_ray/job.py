@@ -21,7 +21,7 @@ from listopd_ray.prepare import Prepared, prepare, serving_arguments
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.splits import load_split
 from listopd_ray.task.contract import TokenText
-from listopd_ray.tracking import Run
+from listopd_ray.tracking import Run, check_startable
 from listopd_ray.train import train
 
 DEMO_RUNS: dict[str, dict[str, Any]] = {
@@ -31,13 +31,14 @@ DEMO_RUNS: dict[str, dict[str, Any]] = {
 }
 TABLE_COLUMNS = {
     "parse_rate": "strict parse",
-    "ndcg_at_1": "NDCG@1 (parsed)",
-    "ndcg_at_k_all": "NDCG@K (unparsed = 0)",
+    "ndcg_at_1": "NDCG@1 of parsed",
+    "ndcg_at_k_all": "NDCG@K, unparsed 0",
 }
 
 
 def train_job(config: Config) -> dict[str, Any]:
     """One run from data to exported student; returns its summary."""
+    check_startable(config)  # before minutes go into warm starts
     prepared = prepare(config)
     with launch(config, **prepared.cluster_arguments()) as cluster:
         cluster.wait_until_ready()
@@ -160,8 +161,8 @@ def print_table(summaries: dict[str, list[dict[str, Any]]]) -> None:
     }
     for runs in summaries.values():
         s = runs[0]
-        bounded = " bounded" if s["extrapolation"] == "bounded" else ""
-        rows[f"student λ = {s['lam']:g}{bounded}"] = [run["student"] for run in runs]
+        bounded = ", bounded" if s["extrapolation"] == "bounded" else ""
+        rows[f"λ = {s['lam']:g}{bounded}"] = [run["student"] for run in runs]
     num_prompts = first[0]["student"]["num_prompts"]
     clip, num_seeds = first[0]["clip"], len(first)
     spread = "95 % interval" if num_seeds == 1 else f"mean [range] of {num_seeds} seeds"
@@ -174,7 +175,7 @@ def results_table(title: str, rows: dict[str, list[dict[str, Any]]]) -> Table:
     table = Table(title=title)
     table.add_column("model", no_wrap=True)
     for column in TABLE_COLUMNS.values():
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, results in rows.items():
         table.add_row(name, *(_cell(results, column) for column in TABLE_COLUMNS))
     return table
@@ -187,7 +188,7 @@ def _cell(results: list[dict[str, Any]], column: str) -> str:
     low, high = min(values), max(values)
     if len(results) == 1:
         low, high = results[0][f"{column}_interval"]
-    return f"{sum(values) / len(values):.3f} [{low:.2f}, {high:.2f}]"
+    return f"{sum(values) / len(values):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def model_card(config: Config, summary: dict[str, Any]) -> str:

@@ -21,10 +21,13 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils import logging as transformers_logging
 
 from listopd_ray.config import ModelConfig
 from listopd_ray.task.contract import chat_messages, prompt_text
 from listopd_ray.types import Example, ListopdError
+
+transformers_logging.disable_progress_bar()  # one file each: the bars flash by and say nothing
 
 END, PAD = "<|end|>", "<|pad|>"
 HEAD_SIZE = 32  # the smallest that vLLM's CPU attention has a kernel for

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from tqdm import tqdm
 
 from listopd_ray.checkpoint import Saves, restore_latest, save_checkpoint
 from listopd_ray.config import Config, dump_config, load_config, run_directory
@@ -16,25 +19,28 @@ from listopd_ray.types import Judged, ListopdError
 TIMING = ("time/", "perf/")  # the only metrics in which two equal runs may differ
 
 
+def check_startable(config: Config) -> None:
+    """Raises ListopdError where the run is finished or was begun with another configuration."""
+    directory = run_directory(config)
+    if (directory / "summary.json").exists():
+        raise ListopdError(f"{directory}: this run is finished; give another name=… or remove it")
+    if (directory / "config.yaml").exists():
+        _check_unchanged(config, directory / "config.yaml")
+
+
 class Run:
     """Opens `<out>/<name>`, new or interrupted, and writes everything that belongs into it.
 
-    Raises ListopdError where that run is finished, or was begun with another configuration.
+    Raises ListopdError as `check_startable` does, and where the directory cannot be written.
     """
 
     def __init__(self, config: Config) -> None:
+        check_startable(config)
         self.directory = run_directory(config)
         self._config = config
-        if (self.directory / "summary.json").exists():
-            raise ListopdError(
-                f"{self.directory}: this run is finished; give another name=… or remove it"
-            )
-        file = self.directory / "config.yaml"
-        if file.exists():
-            _check_unchanged(config, file)
         try:
             (self.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-            file.write_text(dump_config(config))
+            (self.directory / "config.yaml").write_text(dump_config(config))
         except OSError as error:
             raise ListopdError(f"{self.directory}: cannot write: {error.strerror}") from None
         self._wandb = _start_wandb(config, self.directory) if config.tracking.wandb else None
@@ -86,6 +92,12 @@ class Run:
         os.replace(temporary, self.directory / "summary.json")
         if self._wandb is not None:
             self._wandb.summary.update(summary)
+
+
+def progress_bar(what: str, total: int, initial: int = 0) -> tqdm:
+    """Updates done, with rate and time left; sparing with lines where nobody watches."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(desc=what, total=total, initial=initial, unit="update", mininterval=interval)
 
 
 def evaluation_metrics(evaluation: dict[str, Any]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from listopd_ray.evaluate import Sampler, evaluate, judge_rollout
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import PromptStream
-from listopd_ray.tracking import Run, evaluation_metrics
+from listopd_ray.tracking import Run, evaluation_metrics, progress_bar
 
 if TYPE_CHECKING:  # not at run time: it brings Ray Train along
     from listopd_ray.prepare import Prepared
@@ -76,7 +76,7 @@ def train(
         results["warm_start"], metrics = assess()
         run.log(0, gate | metrics)
 
-    bar = tqdm(total=config.num_steps, initial=step, desc=config.name, unit="update")
+    bar = progress_bar(config.name, config.num_steps, initial=step)
     rollouts = sample(step) if step < config.num_steps else []
     while step < config.num_steps:
         start, cursor = time.perf_counter(), prompts.state()
@@ -119,6 +119,7 @@ def contract_metrics(parts: Sequence[Generated], text: TokenText) -> dict[str, f
 def show_progress(bar: tqdm, metrics: dict[str, float]) -> None:
     bar.update()
     bar.set_postfix(
+        refresh=False,
         parse=f"{metrics['contract/parse_rate']:.2f}",
         kl=f"{metrics['kl/reverse']:.3f}",
         stale=f"{metrics['rollout/staleness']:.0f}",

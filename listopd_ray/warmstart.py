@@ -40,6 +40,7 @@ from listopd_ray.models import (
 )
 from listopd_ray.task.contract import answer_text, ideal_ranking, prompt_text
 from listopd_ray.task.data import dataset_hash, read_examples
+from listopd_ray.tracking import progress_bar
 from listopd_ray.types import Example, ListopdError
 
 RECIPE = 1  # part of every cache key: raise it when this file trains differently
@@ -115,7 +116,7 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
             ),
             run_config=RunConfig(name=role, storage_path=str(Path(scratch, "ray").absolute())),
         )
-        bar = tqdm(total=model.warmstart.num_steps, desc=f"warm start {role}", unit="update")
+        bar = progress_bar(f"warm start {role}", model.warmstart.num_steps)
         watcher = threading.Thread(target=_show_progress, args=(progress, bar), daemon=True)
         watcher.start()
         result = trainer.fit()
@@ -126,7 +127,8 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
         assert result.checkpoint is not None  # rank 0 reports one as its last act
         result.checkpoint.to_directory(finished)
         tokenizer.save_pretrained(finished)
-        os.replace(finished, target)
+        if not target.exists():  # another process may have made the same one meanwhile
+            os.replace(finished, target)
 
 
 def _texts(examples: Sequence[Example]) -> list[str]:
@@ -151,7 +153,7 @@ def _show_progress(progress: Queue, bar: tqdm) -> None:
     while (item := progress.get()) is not None:
         step, loss = item
         bar.update(step - bar.n)
-        bar.set_postfix(loss=f"{loss:.3f}")
+        bar.set_postfix(refresh=False, loss=f"{loss:.3f}")
 
 
 def _worker(arguments: dict[str, Any]) -> None:
