@@ -159,7 +159,6 @@ class Cluster:
         max_prompt_tokens: int,
         max_new_tokens: int,
     ) -> None:
-        self._config = config
         rollout, scoring, learner = config.rollout, config.scoring, config.learner
         bundles = [_bundle(learner.num_cpus, learner.num_gpus)]
         bundles += [_bundle(rollout.num_cpus, rollout.num_gpus)] * rollout.num_workers

@@ -87,9 +87,9 @@ def test_micro_batches_of_one_and_of_eight_give_the_same_update(make_learner, sc
     ones, eights = make_learner(micro_batch_size=1), make_learner(micro_batch_size=8)
     metrics = [learner.step(1.5, LR, scored) for learner in (ones, eights)]
     gap = (gradients(ones) - gradients(eights)).abs().max().item()
-    # Float32 sums in another order. Measured: 3e-8, at a gradient norm of 1.7.
-    assert gap < 1e-6
-    assert gradients(ones).norm() > 0.1
+    # Float32 sums in another order. Measured: 3e-7, at a gradient norm of 5.8.
+    assert gap < 1e-6 * gradients(ones).norm().item()
+    assert gradients(ones).norm() > 1
     left, right = (without_timing(part) for part in metrics)
     assert left == pytest.approx(right, abs=1e-5)
     # Adam divides by the gradient's size, so where that is near its ε of 1e-8 rounding shows.
@@ -325,15 +325,19 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(
 
 
 def test_the_student_moves_towards_the_teacher(make_learner, make_worker, rollouts, teacher_path):
-    learner, worker, teacher = make_learner(), make_worker(), make_teacher(teacher_path)
+    learner, worker, teacher = (
+        make_learner(),
+        make_worker(max_new_tokens=2),
+        make_teacher(teacher_path),
+    )
     kls = []
     for step in range(30):
         worker.load_weights(learner.publish_weights())
-        generated = worker.generate(requests_for(rollouts[:2], seed=step, copies=24))
+        generated = worker.generate(requests_for(rollouts[:1], seed=step, copies=128))
         assert {rollout.policy_version for rollout in generated.rollouts} == {step}
         kls.append(learner.step(1.0, 1e-2, teacher.score(generated))["kl/reverse"])
-    # Means of 1,920 tokens: a deviation of about 2 %. Measured: RATIO
-    assert np.mean(kls[-5:]) < 0.75 * np.mean(kls[:5]), kls
+    # Means of 1,280 tokens, known to a few per cent. Measured: 0.32.
+    assert np.mean(kls[-5:]) < 0.5 * np.mean(kls[:5]), kls
 
 
 def test_a_worker_refuses_to_sample_before_it_has_weights(make_worker, rollouts):
