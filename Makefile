@@ -6,13 +6,16 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 VENV := .venv
 BIN := $(VENV)/bin
-INDEX := $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX))
+INSTALL := $(BIN)/python -m pip install --quiet $(PIP_FLAGS)
+CPU_INDEX := $(if $(filter cpu,$(EXTRA)),$(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)))
 STAMP := $(VENV)/installed-$(EXTRA)
 
-.PHONY: demo test unit lint format bench clean help
+.PHONY: help install demo test unit lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## make .venv with everything the other targets need
 
 demo: $(STAMP)  ## the main job on two CPU cores: warm starts, then λ = 1, 2 and 5 bounded
 	$(BIN)/listopd data synthetic out=data/synthetic
@@ -39,8 +42,9 @@ clean:  ## remove the environment; runs, cache and data stay
 # torch first, so that nothing asks for its CUDA build. vLLM's text path needs none of the three
 # packages that are removed, and a build of them for another torch breaks `import transformers`.
 $(STAMP): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(if $(filter cpu,$(EXTRA)),$(INDEX)) torch==2.13.0
-	$(BIN)/python -m pip install $(if $(filter cpu,$(EXTRA)),$(INDEX)) -e '.[$(EXTRA),dev]'
-	$(BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec
+	$(PYTHON) -m venv --clear $(VENV)
+	@echo 'installing torch, vLLM and Ray into $(VENV): some minutes'
+	$(INSTALL) $(CPU_INDEX) torch==2.13.0
+	$(INSTALL) -e '.[$(EXTRA),dev]'
+	$(BIN)/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
 	touch $@
