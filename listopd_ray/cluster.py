@@ -113,6 +113,11 @@ class TeacherPool:
         actors = self._actors
         return [actors[i % len(actors)].score.remote(part) for i, part in enumerate(generated)]
 
+    def score_with(self, model_path: Path, generated: list[Any]) -> list[Any]:
+        """`score` by every actor with another checkpoint in the teacher's place."""
+        path = str(model_path.absolute())
+        return [actor.score_with.remote(path, part) for actor in self._actors for part in generated]
+
     def generate(
         self, requests: list[Request], max_new_tokens: int, greedy: bool = False
     ) -> Generated:
@@ -128,8 +133,8 @@ class LearnerHandle:
     def step(self, scored: list[Any], lam: float, lr: float) -> dict[str, float]:
         return ray.get(self._actor.step.remote(lam, lr, *scored))
 
-    def check_scores(self, scored: list[Any], base_is_student: bool) -> dict[str, float]:
-        return ray.get(self._actor.check_scores.remote(base_is_student, *scored))
+    def check_scores(self, scored: list[Any]) -> dict[str, float]:
+        return ray.get(self._actor.check_scores.remote(*scored))
 
     def publish_weights(self) -> Any:
         """A reference to `Weights`, owned by the driver: it outlives the learner."""

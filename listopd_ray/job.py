@@ -184,7 +184,9 @@ def results_table(title: str, rows: dict[str, list[dict[str, Any]]]) -> Table:
 def _cell(results: list[dict[str, Any]], column: str) -> str:
     values = [result[column] for result in results if result[column] is not None]
     if not values:
-        return "–"
+        return "–"  # nothing parsed
+    if len(values) < len(results):
+        return f"{sum(values) / len(values):.2f} ({len(values)} of {len(results)})"
     low, high = min(values), max(values)
     if len(results) == 1:
         low, high = results[0][f"{column}_interval"]

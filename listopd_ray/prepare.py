@@ -31,10 +31,6 @@ class Prepared:
     canary_ids: np.ndarray  # [L] int32: a prompt with its correct answer
     hashes: dict[str, str]  # SHA-256 of data and models
 
-    @property
-    def base_is_student(self) -> bool:
-        return self.base_path == self.student_path
-
     def cluster_arguments(self) -> dict[str, Any]:
         longest = max(
             len(p.token_ids) for split in (self.train, self.evaluation) for p in split.prompts

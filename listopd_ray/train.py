@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
@@ -28,11 +29,13 @@ class RolloutWorkers(Sampler, Protocol):
 class Scorer(Protocol):
     def score(self, generated: list[Any]) -> list[Any]: ...
 
+    def score_with(self, model_path: Path, generated: list[Any]) -> list[Any]: ...
+
 
 class LearnerRole(Protocol):
     def step(self, scored: list[Any], lam: float, lr: float) -> dict[str, float]: ...
 
-    def check_scores(self, scored: list[Any], base_is_student: bool) -> dict[str, float]: ...
+    def check_scores(self, scored: list[Any]) -> dict[str, float]: ...
 
     def publish_weights(self) -> Any: ...
 
@@ -72,7 +75,7 @@ def train(
 
     if not state:
         trial = workers.generate(data.train.prompts[:GATE_PROMPTS], "gate")
-        gate = learner.check_scores(teacher.score(trial), data.base_is_student)
+        gate = learner.check_scores(teacher.score_with(data.student_path, trial))
         results["warm_start"], metrics = assess()
         run.log(0, gate | metrics)
 

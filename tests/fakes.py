@@ -91,6 +91,13 @@ class FakeTeacher:
 
     def score(self, generated):
         self._events.append(("score", len(generated)))
+        return self._score(generated)
+
+    def score_with(self, model_path, generated):
+        self._events.append(("score_with", model_path))
+        return self._score(generated)
+
+    def _score(self, generated):
         return [Reference(reference.value.rollouts) for reference in generated]
 
 
@@ -121,8 +128,8 @@ class FakeLearner:
             "rollout/tokens": float(sum(len(r.token_ids) for r in rollouts)),
         }
 
-    def check_scores(self, scored, base_is_student):
-        self._events.append(("check_scores", base_is_student))
+    def check_scores(self, scored):
+        self._events.append(("check_scores", len(scored)))
         return {"gate/rollout_max": 0.0}
 
     def publish_weights(self):

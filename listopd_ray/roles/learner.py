@@ -27,8 +27,6 @@ from listopd_ray.roles.teacher import Scored
 from listopd_ray.roles.weights import export_tensors
 from listopd_ray.types import ListopdError, ScoredRollout, TokenClass, Weights
 
-SELF_KL_TOLERANCE = 1e-5  # nats, float32; the gate widens it with `sync.tolerance`
-
 # Per-token columns of a batch, and the fields of `ScoredRollout` they come from.
 SCORES = {
     "teacher": "teacher_logprobs",
@@ -99,29 +97,30 @@ class Learner:
             "time/learn_s": time.perf_counter() - start,
         }
 
-    def check_scores(self, base_is_student: bool, *scored: Scored) -> dict[str, float]:
-        """The start-up gate, on rollouts of the untrained student; raises ListopdError.
+    def check_scores(self, *scored: Scored) -> dict[str, float]:
+        """The start-up gate: `scored` holds rollouts of the untrained student, scored with the
+        student in the teacher's place.
 
-        The sampler's log-probabilities must be the learner's; and scoring the student as if it
-        were the teacher must give a reverse KL of 0 – here by the learner's own model, and by the
-        teacher actor's copy where the base is the student's warm start.
+        The sampler's log-probabilities must be the learner's, and so must the teacher actor's: a
+        student that is its own teacher has a reverse KL of 0. Raises ListopdError where any differs
+        by more than `sync.tolerance`.
         """
         rollouts = [rollout for part in scored for rollout in part.rollouts]
         batch = collate_rollouts([r.rollout for r in rollouts], self._device)
         with torch.inference_mode():
             learner = gather(completion_logprobs(self._model, batch), batch.token_ids).cpu().numpy()
-        tolerance = max(SELF_KL_TOLERANCE, self._config.sync.tolerance)
-        gaps = {"rollout": np.concatenate([r.rollout.sampler_logprobs for r in rollouts]) - learner}
-        if base_is_student:
-            base = [r.base_logprobs for r in rollouts if r.base_logprobs is not None]
-            gaps["teacher"] = np.concatenate(base) - learner
+        sampler = np.concatenate([r.rollout.sampler_logprobs for r in rollouts])
         metrics = {}
-        for role, gap in gaps.items():
-            metrics[f"gate/{role}_max"] = largest = float(np.abs(gap).max())
-            if not largest <= tolerance:
+        for role, logprobs in (
+            ("rollout", sampler),
+            ("teacher", _concatenate(rollouts, "teacher_logprobs")),
+        ):
+            metrics[f"gate/{role}_max"] = largest = float(np.abs(logprobs - learner).max())
+            if not largest <= self._config.sync.tolerance:  # NaN fails too
                 raise ListopdError(
                     f"start-up gate: the {role} actor's log-probabilities of the student differ "
-                    f"from the learner's by {largest:.2g} nats (allowed: {tolerance:g})"
+                    f"from the learner's by {largest:.2g} nats "
+                    f"(sync.tolerance={self._config.sync.tolerance:g})"
                 )
         return metrics
 

@@ -42,7 +42,7 @@ class Teacher:
         device: str,
     ) -> None:
         self._config = config
-        self._device = device
+        self._dtype, self._device = dtype, device
         self._teacher = load_model(teacher_path, dtype=dtype, device=device).eval()
         self._base = load_model(base_path, dtype=dtype, device=device).eval() if base_path else None
         self._tokenizer = load_tokenizer(teacher_path)
@@ -61,6 +61,15 @@ class Teacher:
             scored.update(zip(group, batch, strict=True))
         ordered = tuple(scored[index] for index in range(len(rollouts)))
         return Scored(rollouts=ordered, seconds=time.perf_counter() - start)
+
+    def score_with(self, model_path: str, generated: Generated) -> Scored:
+        """`score` with another checkpoint in the teacher's place, for the start-up gate."""
+        teacher = self._teacher
+        self._teacher = load_model(model_path, dtype=self._dtype, device=self._device).eval()
+        try:
+            return self.score(generated)
+        finally:
+            self._teacher = teacher
 
     def generate(
         self, requests: Sequence[Request], max_new_tokens: int, greedy: bool = False

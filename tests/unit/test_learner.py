@@ -107,13 +107,14 @@ def test_the_split_over_teacher_actors_does_not_matter(make_learner, scored):
 
 @pytest.mark.parametrize("extrapolation", ["plain", "bounded"])
 def test_metrics_match_the_oracle(
-    make_learner, scored, student_model, teacher_model, base_model, extrapolation
+    make_learner, scored, student_model, teacher_model, base_model, tokenizer, extrapolation
 ):
     options = dict(lam=1.5, clip=2.0, extrapolation=extrapolation, delta=0.2)
     learner = make_learner(clip=2.0, extrapolation=extrapolation, delta=0.2, micro_batch_size=3)
     metrics = learner.step(options["lam"], LR, scored)
 
     own, sampler, gains, gaps = [], [], [], []
+    unused = {"teacher": [], "base": []}
     masses = {name: {kind: [] for kind in TokenClass} for name in ("teacher", "base", "student")}
     for part in scored.rollouts:
         prompt, token_ids = part.rollout.prompt.token_ids, part.rollout.token_ids
@@ -122,6 +123,10 @@ def test_metrics_match_the_oracle(
             for model in (student_model, teacher_model, base_model)
         )
         sampler += part.rollout.sampler_logprobs.tolist()
+        for t, used in oracles.id_starts(tokenizer, token_ids).items():
+            for owner, rows in (("teacher", teacher), ("base", base)):
+                num_items = part.rollout.prompt.num_items
+                unused[owner].append(oracles.unused_mass(tokenizer, rows[t], used, num_items))
         for t, token in enumerate(token_ids):
             own.append(student[t][token])
             gaps.append(student[t][token] - teacher[t][token])
@@ -143,6 +148,7 @@ def test_metrics_match_the_oracle(
         "rollout/tokens": len(own),
         "rollout/staleness": 0,
     }
+    expected |= {f"cliff/{owner}_unused_mass": np.mean(mass) for owner, mass in unused.items()}
     for owner, kinds in masses.items():
         for kind, values in kinds.items():
             if kind != TokenClass.STRAY:
@@ -246,15 +252,15 @@ def test_the_canary_is_the_learners_own_logprobs(make_learner, canary_ids, stude
     assert weights.canary_logprobs == pytest.approx(expected, abs=1e-5)
 
 
-def on_policy(rollouts, student_path):
-    """The student's own rollouts with true sampler log-probabilities, the student as base."""
-    generated = Generated(rollouts=tuple(rollouts), seconds=0.0)
-    return make_teacher(student_path, student_path).score(generated)
+@pytest.fixture(scope="module")
+def gate(rollouts, student_path, teacher_path):
+    """The student's own rollouts, scored with the student in the teacher's place."""
+    teacher = make_teacher(teacher_path)
+    return teacher.score_with(str(student_path), Generated(rollouts=rollouts, seconds=0.0))
 
 
-def test_the_gate_passes_true_logprobs(make_learner, rollouts, student_path):
-    scored = on_policy(rollouts, student_path)
-    metrics = make_learner().check_scores(True, scored)
+def test_the_gate_passes_true_logprobs(make_learner, gate):
+    metrics = make_learner().check_scores(gate)
     assert set(metrics) == {"gate/rollout_max", "gate/teacher_max"}
     assert max(metrics.values()) < 1e-5
 
@@ -264,26 +270,33 @@ def test_the_gate_passes_true_logprobs(make_learner, rollouts, student_path):
     [
         lambda logprobs: np.roll(logprobs, 1),  # off by one position
         lambda logprobs: logprobs + np.float32(1e-2),
+        lambda logprobs: logprobs - np.float32(2e-4),  # twice what is allowed
         lambda logprobs: logprobs * np.float32(1.01),  # as of another temperature
         lambda logprobs: np.full_like(logprobs, np.nan),
     ],
-    ids=["shifted", "biased", "tempered", "nan"],
+    ids=["shifted", "biased", "barely", "tempered", "nan"],
 )
 @pytest.mark.parametrize("owner", ["rollout", "teacher"])
-def test_the_gate_refuses_wrong_logprobs(make_learner, rollouts, student_path, owner, spoil):
-    scored = on_policy(rollouts, student_path)
-    column = {"rollout": "sampler_logprobs", "teacher": "base_logprobs"}[owner]
-    wrong = replaced(scored, 0, **{column: spoil(rollouts[0].sampler_logprobs)})
+def test_the_gate_refuses_wrong_logprobs(make_learner, rollouts, gate, owner, spoil):
+    column = {"rollout": "sampler_logprobs", "teacher": "teacher_logprobs"}[owner]
+    wrong = replaced(gate, 0, **{column: spoil(rollouts[0].sampler_logprobs)})
     with pytest.raises(ListopdError, match=f"start-up gate: the {owner} actor"):
-        make_learner().check_scores(True, wrong)
+        make_learner().check_scores(gate, wrong)
 
 
-def test_the_gate_leaves_a_base_alone_that_is_not_the_student(make_learner, rollouts, base_path):
-    generated = Generated(rollouts=rollouts, seconds=0.0)
-    scored = make_teacher(base_path, base_path).score(generated)
-    assert set(make_learner().check_scores(False, scored)) == {"gate/rollout_max"}
+def test_the_gate_refuses_scores_of_another_model(make_learner, rollouts, teacher_path):
+    scored = make_teacher(teacher_path).score(Generated(rollouts=rollouts, seconds=0.0))
     with pytest.raises(ListopdError, match="teacher"):
-        make_learner().check_scores(True, scored)
+        make_learner().check_scores(scored)
+
+
+def test_the_teacher_is_itself_again_after_the_gate(rollouts, student_path, teacher_path):
+    teacher, generated = make_teacher(teacher_path), Generated(rollouts=rollouts, seconds=0.0)
+    before = teacher.score(generated).rollouts[0].teacher_logprobs
+    during = teacher.score_with(str(student_path), generated).rollouts[0].teacher_logprobs
+    after = teacher.score(generated).rollouts[0].teacher_logprobs
+    assert np.abs(before - during).max() > 0.1
+    np.testing.assert_array_equal(before, after)
 
 
 @pytest.fixture
@@ -317,7 +330,7 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(
     worker.load_weights(learner.publish_weights())
     generated = worker.generate(requests_for(rollouts, seed=5, copies=2))
     scored = make_teacher(student_path).score(generated)
-    learner.check_scores(False, scored)
+    learner.check_scores(scored)
     metrics = learner.step(1.0, LR, scored)
     assert abs(metrics["kl/reverse"]) < 1e-5
     assert abs(metrics["kl/mismatch"]) < 1e-5

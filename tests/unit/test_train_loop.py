@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -49,7 +50,7 @@ def data(examples, tokenizer):
         train=split(examples[:12]),
         evaluation=split(examples[12:18]),
         text=TokenText(tokenizer, (tokenizer.eos_token_id,)),
-        base_is_student=True,
+        student_path=Path("student"),
     )
 
 
@@ -144,8 +145,10 @@ def test_each_update_sees_its_own_prompts_in_groups(config, start, data, max_sta
 
 
 def test_the_gate_and_the_first_evaluation_come_before_any_update(config, start):
-    events = [verb if verb != "generate" else tag for verb, tag in start(config).events]
-    begin = ["load_weights", "gate", "score", "check_scores", "evaluation", "evaluation"]
+    outcome = start(config)
+    assert ("score_with", Path("student")) in outcome.events  # the student as its own teacher
+    events = [verb if verb != "generate" else tag for verb, tag in outcome.events]
+    begin = ["load_weights", "gate", "score_with", "check_scores", "evaluation", "evaluation"]
     assert events[: len(begin)] == begin
     assert events.count("gate") == events.count("check_scores") == 1
 
