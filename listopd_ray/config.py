@@ -17,6 +17,21 @@ from listopd_ray.types import ListopdError
 
 T = TypeVar("T")
 
+AT_LEAST_ONE = (
+    "num_prompts",
+    "group_size",
+    "num_steps",
+    "checkpoint.keep",
+    "evaluation.num_prompts",
+    "learner.micro_batch_size",
+    "rollout.max_new_tokens",
+    "rollout.max_num_seqs",
+    "rollout.num_workers",
+    "scoring.micro_batch_size",
+    "scoring.num_actors",
+    "warmstart_workers",
+)
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -129,7 +144,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 40  # steps; 0: none
+    every: int = 40  # steps; 0: only after the last
     keep: int = 2
 
 
@@ -205,7 +220,10 @@ def load_config(schema: type[T], arguments: list[str]) -> T:
             raise ListopdError(f"{argument}: {_first_line(error)}") from None
         except Exception as error:  # a YAML parser's error has no common base in OmegaConf
             raise ListopdError(f"{argument}: {' '.join(str(error).split())}") from None
-    result = OmegaConf.to_object(config)
+    try:
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise ListopdError(_first_line(error)) from None
     if isinstance(result, Config):
         _validate(result)
     return result  # type: ignore[return-value]
@@ -256,9 +274,16 @@ def _validate(config: Config) -> None:
     bounded_without_clip = config.extrapolation == "bounded" and math.isinf(config.clip)
     require(not bounded_without_clip, "clip", "extrapolation=bounded needs a finite c")
     require(config.max_staleness in (0, 1), "max_staleness", "must be 0 or 1")
-    require(config.lr > 0, "lr", "must be > 0")
-    for key in ("num_prompts", "group_size", "num_steps"):
-        require(getattr(config, key) >= 1, key, "must be ≥ 1")
+    require(math.isfinite(config.lr) and config.lr > 0, "lr", "must be finite and > 0")
+    final_lam = config.lam_schedule.final
+    require(math.isfinite(final_lam) and final_lam >= 0, "lam_schedule.final", "must be ≥ 0")
+    for key in AT_LEAST_ONE:
+        value = OmegaConf.select(OmegaConf.structured(config), key)
+        require(value is None or value >= 1, key, "must be ≥ 1")
+    require(config.scoring.support_size >= 0, "scoring.support_size", "must be ≥ 0")
+    require(config.learner.max_grad_norm > 0, "learner.max_grad_norm", "must be > 0")
+    for key, beta in (("beta1", config.learner.beta1), ("beta2", config.learner.beta2)):
+        require(0 <= beta < 1, f"learner.{key}", "must lie in [0, 1)")
     for key, schedule in (
         ("lam_schedule", config.lam_schedule),
         ("lr_schedule", config.lr_schedule),
@@ -268,8 +293,6 @@ def _validate(config: Config) -> None:
         noise = model.warmstart.format_noise
         require(0 <= noise < 1, f"{role}.warmstart.format_noise", "must lie in [0, 1)")
         require(model.hidden_size % 32 == 0, f"{role}.hidden_size", "must be a multiple of 32")
-    require(config.rollout.num_workers >= 1, "rollout.num_workers", "must be ≥ 1")
-    require(config.scoring.num_actors >= 1, "scoring.num_actors", "must be ≥ 1")
     require(
         "/" not in config.name and config.name not in ("", ".", ".."),
         "name",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -99,7 +100,7 @@ def load_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu")
             use_safetensors=True,
             local_files_only=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ListopdError(f"{path}: not a usable checkpoint: {_one_line(error)}") from None
     if getattr(model.config, "final_logit_softcapping", None):
         raise ListopdError(f"{path}: models with capped logits are not supported")

@@ -40,7 +40,7 @@ class Run:
         self._config = config
         try:
             (self.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (self.directory / "config.yaml").write_text(dump_config(config))
+            _replace(self.directory / "config.yaml", dump_config(config))
         except OSError as error:
             raise ListopdError(f"{self.directory}: cannot write: {error.strerror}") from None
         self._wandb = _start_wandb(config, self.directory) if config.tracking.wandb else None
@@ -87,9 +87,7 @@ class Run:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json: with it the run counts as finished."""
-        temporary = self.directory / "summary.json.tmp"
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(temporary, self.directory / "summary.json")
+        _replace(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
         if self._wandb is not None:
             self._wandb.summary.update(summary)
 
@@ -162,7 +160,12 @@ def _truncate(file: Path, last_step: int) -> None:
     if not file.exists():
         return
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if json.loads(line)["train/step"] <= last_step]
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    whole = [line for line in lines if line.endswith("\n")]  # a crash may have cut the last one
+    _replace(file, "".join(s for s in whole if json.loads(s)["train/step"] <= last_step))
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write `file` whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)

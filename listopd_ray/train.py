@@ -84,7 +84,9 @@ def train(
     while step < config.num_steps:
         start, cursor = time.perf_counter(), prompts.state()
         scored = teacher.score(rollouts)
-        overlaps = config.max_staleness > 0 and step + 1 < config.num_steps
+        is_last, saves = step + 1 == config.num_steps, _due(step + 1, config.checkpoint.every)
+        # Nothing is sampled ahead over a checkpoint: a resumed run could not sample it again.
+        overlaps = config.max_staleness > 0 and not is_last and not saves
         upcoming = sample(step + 1) if overlaps else []
         lam = schedule_value(config.lam_schedule, config.lam, step, config.num_steps)
         lr = schedule_value(config.lr_schedule, config.lr, step, config.num_steps)
@@ -97,14 +99,14 @@ def train(
         now = time.perf_counter()
         metrics |= {"time/sync_s": now - sync_start, "time/step_s": now - start}
         metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
-        if step == config.num_steps or _due(step, config.evaluation.every):
+        if is_last or _due(step, config.evaluation.every):
             results["student"], evaluated = assess()
             metrics |= evaluated
         run.log(step, metrics)
         show_progress(bar, metrics)
-        if step == config.num_steps or _due(step, config.checkpoint.every):
+        if is_last or saves:
             run.save(step, learner, {"prompts": cursor, "results": results})
-        rollouts = upcoming or (sample(step) if step < config.num_steps else [])
+        rollouts = upcoming or ([] if is_last else sample(step))
     bar.close()
     return results
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from listopd_ray.models import load_model
 from listopd_ray.roles.batching import collate, completion_logprobs, gather
@@ -76,6 +76,8 @@ def generate(
         input_ids[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = 1
     torch.manual_seed(requests[0].seed)
+    # Whatever penalties and truncations the checkpoint recommends: the sampler must be the policy.
+    model.generation_config = GenerationConfig()
     output = model.generate(
         input_ids=torch.from_numpy(input_ids).to(model.device),
         attention_mask=torch.from_numpy(mask).to(model.device),

@@ -21,7 +21,7 @@ def export_tensors(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, np.n
     tensors = {name: p.detach().to("cpu", dtype, copy=True) for name, p in model.named_parameters()}
     head = model.get_output_embeddings().weight
     if model.config.tie_word_embeddings:
-        tensors["lm_head.weight"] = head.detach().to("cpu", dtype)
+        tensors["lm_head.weight"] = head.detach().to("cpu", dtype, copy=True)
     return {name: _to_numpy(tensor) for name, tensor in tensors.items()}
 
 

@@ -36,6 +36,13 @@ def test_every_digit_and_json_mark_is_a_single_token(tokenizer, char):
     assert pieces(tokenizer, f"12{char}34") == ["1", "2", char, "3", "4"]
 
 
+def test_frequent_numbers_and_bracket_runs_do_not_merge_into_one_token():
+    tokenizer = build_tokenizer(['2024 2024 12 12 {"{"[[ ]]}'] * 50, 400)
+    assert pieces(tokenizer, "2024") == ["2", "0", "2", "4"]
+    assert pieces(tokenizer, " 12") == [" 1", "2"]
+    assert pieces(tokenizer, '{"[[ ]]}') == ["{", '"', "[", "[ ", "]", "]", "}"]
+
+
 def test_a_space_costs_no_token_beside_a_mark_or_digit_of_the_data(tokenizer):
     for text in (", ", ": ", *(f" {digit}" for digit in "123")):
         assert pieces(tokenizer, text) == [text]
