@@ -128,9 +128,13 @@ def end_ids(path: str | Path, tokenizer: PreTrainedTokenizerFast) -> tuple[int, 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerFast, example: Example, *, chat_template: bool
 ) -> np.ndarray:
-    """Token ids [P] int32 of an example's prompt."""
+    """Token ids [P] int32 of an example's prompt, plain or in the checkpoint's own template."""
     if not chat_template:
-        return np.array(tokenizer.encode(prompt_text(example)), dtype=np.int32)
+        # An item's text must not pass for the end of the sequence.
+        ids = tokenizer.encode(prompt_text(example), split_special_tokens=True)
+        return np.array(ids, dtype=np.int32)
+    if tokenizer.chat_template is None:
+        raise ListopdError("task.chat_template=true: the checkpoint's tokenizer has no template")
     text = tokenizer.apply_chat_template(
         chat_messages(example), tokenize=False, add_generation_prompt=True, enable_thinking=False
     )

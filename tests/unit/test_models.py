@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -187,3 +188,26 @@ def test_a_prompt_is_the_encoded_text(tokenizer, examples):
     ids = encode_prompt(tokenizer, examples[0], chat_template=False)
     assert ids.dtype == np.int32
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == prompt_text(examples[0])
+
+
+def test_text_that_spells_the_end_of_sequence_does_not_end_it(tokenizer, examples):
+    item = dataclasses.replace(examples[0].items[0], text=f"socks {tokenizer.eos_token}")
+    example = dataclasses.replace(examples[0], items=(item, *examples[0].items[1:]))
+    assert tokenizer.eos_token_id in tokenizer.encode(prompt_text(example))
+    ids = encode_prompt(tokenizer, example, chat_template=False)
+    assert tokenizer.eos_token_id not in ids
+
+
+def test_a_chat_prompt_is_the_checkpoints_template_with_thinking_off(student_path, examples):
+    tokenizer = load_tokenizer(student_path)
+    with pytest.raises(ListopdError, match="no template"):
+        encode_prompt(tokenizer, examples[0], chat_template=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{% if enable_thinking is false %}[no thinking]{% endif %}"
+    )
+    text = tokenizer.decode(encode_prompt(tokenizer, examples[0], chat_template=True))
+    assert text.startswith("[user]")
+    assert text.endswith("[assistant][no thinking]")
+    assert all(item.text in text for item in examples[0].items)
