@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from listopd_ray.prepare import Prepared, prepare, serving_arguments
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.splits import load_split
 from listopd_ray.task.contract import TokenText
-from listopd_ray.tracking import Run, check_startable
+from listopd_ray.tracking import Run, check_startable, check_unchanged, replace_file
 from listopd_ray.train import train
 
 DEMO_RUNS: dict[str, dict[str, Any]] = {
@@ -56,14 +57,16 @@ def demo_job(config: Config) -> None:
     """
     summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in DEMO_RUNS}
     for seed in config.demo_seeds:
-        common = dataclasses.replace(config, seed=seed)
+        common = dataclasses.replace(config, seed=seed, demo_seeds=[])
         configs = {
             name: dataclasses.replace(common, name=f"{config.name}-s{seed}-{name}", **changes)
             for name, changes in DEMO_RUNS.items()
         }
-        if not all(_summary_file(c).exists() for c in configs.values()):
-            _run_group(common, configs)
+        unfinished = [c for c in configs.values() if not _summary_file(c).exists()]
+        if unfinished:
+            _run_group(common, unfinished)
         for name, run_config in configs.items():
+            check_unchanged(run_config)
             summaries[name].append(json.loads(_summary_file(run_config).read_text()))
     print_table(summaries)
     print(f"runs: {', '.join(str(run_directory(c)) for c in configs.values())}")
@@ -128,7 +131,7 @@ def teacher_evaluation(config: Config, prepared: Prepared, teacher: TeacherPool)
         num_prompts = config.evaluation.num_prompts
         result, _ = evaluate(sampler, prepared.evaluation, prepared.text, num_prompts)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result))
+        replace_file(file, json.dumps(result))
     return json.loads(file.read_text())
 
 
@@ -223,15 +226,14 @@ SHA-256:
 """
 
 
-def _run_group(common: Config, configs: dict[str, Config]) -> None:
-    """The unfinished ones of `configs` on one set of engines; they differ in the update alone."""
+def _run_group(common: Config, configs: Sequence[Config]) -> None:
+    """Runs that differ in the update alone, one after the other on one set of engines."""
     loads_base = dataclasses.replace(common, cliff=dataclasses.replace(common.cliff, measure=True))
     prepared = prepare(loads_base)
     with launch(loads_base, **prepared.cluster_arguments()) as cluster:
         cluster.wait_until_ready()
-        for run_config in configs.values():
-            if not _summary_file(run_config).exists():
-                distill(run_config, prepared, cluster)
+        for run_config in configs:
+            distill(run_config, prepared, cluster)
 
 
 def _summary_file(config: Config) -> Path:

@@ -25,7 +25,7 @@ def check_startable(config: Config) -> None:
     if (directory / "summary.json").exists():
         raise ListopdError(f"{directory}: this run is finished; give another name=… or remove it")
     if (directory / "config.yaml").exists():
-        _check_unchanged(config, directory / "config.yaml")
+        check_unchanged(config)
 
 
 class Run:
@@ -40,7 +40,7 @@ class Run:
         self._config = config
         try:
             (self.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-            _replace(self.directory / "config.yaml", dump_config(config))
+            replace_file(self.directory / "config.yaml", dump_config(config))
         except OSError as error:
             raise ListopdError(f"{self.directory}: cannot write: {error.strerror}") from None
         self._wandb = _start_wandb(config, self.directory) if config.tracking.wandb else None
@@ -87,7 +87,7 @@ class Run:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json: with it the run counts as finished."""
-        _replace(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+        replace_file(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
         if self._wandb is not None:
             self._wandb.summary.update(summary)
 
@@ -132,7 +132,9 @@ def _nested(config: Config) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
 
 
-def _check_unchanged(config: Config, file: Path) -> None:
+def check_unchanged(config: Config) -> None:
+    """Raises ListopdError, with the keys, where the run was begun with another configuration."""
+    file = run_directory(config) / "config.yaml"
     before, now = _flat(_nested(load_config(Config, [str(file)]))), _flat(_nested(config))
     changed = [key for key in now if now[key] != before.get(key)]
     if changed:
@@ -161,10 +163,10 @@ def _truncate(file: Path, last_step: int) -> None:
         return
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # a crash may have cut the last one
-    _replace(file, "".join(s for s in whole if json.loads(s)["train/step"] <= last_step))
+    replace_file(file, "".join(s for s in whole if json.loads(s)["train/step"] <= last_step))
 
 
-def _replace(file: Path, text: str) -> None:
+def replace_file(file: Path, text: str) -> None:
     """Write `file` whole or not at all."""
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(text, encoding="utf-8")

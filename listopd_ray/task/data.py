@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -52,7 +53,10 @@ class Quarantine:
             self._first = f"{file}:{line}: {reason}"
             if self._path is not None:
                 _make_directory(self._path.parent)
-                self._stream = _temporary(self._path).open("w", encoding="utf-8")
+                try:
+                    self._stream = _temporary(self._path).open("w", encoding="utf-8")
+                except OSError as error:
+                    raise ListopdError(f"{self._path}: {error.strerror}") from None
         self.count += 1
         if self._stream is not None:
             text = raw.decode("utf-8", errors="replace")[:QUARANTINED_CHARS]
@@ -147,6 +151,8 @@ def read_examples(
 
     with Quarantine(quarantine, max_bad_rows) as bad:
         examples = list(read_rows(path, parse, bad))
+    if bad.count and quarantine is not None:
+        print(f"listopd: {path}: {bad.count} bad rows set aside{bad.where}", file=sys.stderr)
     if not examples:
         raise ListopdError(f"{path}: no usable example ({bad.count} bad rows{bad.where})")
     return examples
@@ -349,8 +355,12 @@ def _example_line(example: Example) -> str:
 
 def _write_atomically(path: Path, text: str) -> None:
     temporary = _temporary(path)
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ListopdError(f"{path}: {error.strerror}") from None
 
 
 def _temporary(path: Path) -> Path:
