@@ -1,0 +1,86 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from listopd_ray import __version__
+from listopd_ray.__main__ import COMMANDS, main
+
+
+def fails_with(arguments) -> str:
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    message = raised.value.code
+    assert isinstance(message, str)  # sys.exit prints it and leaves with status 1
+    assert "\n" not in message
+    return message
+
+
+def test_without_a_command_the_commands_are_listed(capsys):
+    main([])
+    listed = capsys.readouterr().out
+    assert all(f"  {name}" in listed for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_key_with_its_default(name, capsys):
+    main([*name.split(), "--help"])
+    shown = capsys.readouterr().out
+    assert COMMANDS[name].summary[1:] in shown
+    assert "seed=0" in shown
+
+
+def test_help_shows_defaults_of_nested_and_inherited_keys(capsys):
+    main(["rank", "--help"])
+    shown = capsys.readouterr().out
+    assert "  lam_schedule.initial=1.0 " in shown  # not the 0.0 of the class alone
+    assert "  input=/dev/stdin " in shown
+    assert "δ of the bounded form" in shown
+
+
+def test_the_version_is_the_packages(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"listopd {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "did you mean 'train'?"),
+        (["data", "syntetic"], "did you mean 'data synthetic'?"),
+        (["train", "lamm=2"], "Did you mean: 'lam'?"),
+        (["train", "student.warmstart.num_step=2"], "'num_steps'"),
+        (["train", "lam=much"], "lam: Value 'much'"),
+        (["train", "clip=1"], "clip: c must be > 1"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["train", "--fast"], "--fast: no such flag"),
+        (["train", "fast"], "'fast' is neither key=value nor a YAML file"),
+        (["evaluate", "lam=1"], "MODEL is missing"),
+        (["data", "amazon"], "give meta=FILE"),
+        (["data", "synthetic", "num_items=1"], "num_items"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_that_says_what_and_where(arguments, words):
+    assert words in fails_with(arguments)
+
+
+def test_a_file_that_is_not_yaml_is_named_in_one_line(tmp_path):
+    file = tmp_path / "broken.yaml"
+    file.write_text("lam: [1\n")
+    assert str(file) in fails_with(["train", str(file)])
+
+
+def test_the_command_line_runs_as_a_module_and_leaves_with_its_status(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "listopd_ray", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    made = run("data", "synthetic", "out=data", "num_train=20", "num_eval=5")
+    assert made.returncode == 0
+    assert "20 train and 5 eval examples" in made.stdout
+    assert len((tmp_path / "data" / "train.jsonl").read_text().splitlines()) == 20
+    assert json.loads((tmp_path / "data" / "dataset.json").read_text())["num_examples"]["eval"] == 5
+    failed = run("train", "lam=-1")
+    assert failed.returncode == 1
+    assert failed.stderr == "listopd: error: lam: λ must be finite and ≥ 0\n"
