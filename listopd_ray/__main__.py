@@ -141,6 +141,10 @@ def _dispatch(arguments: list[str]) -> None:
     if arguments[0] == "--version":
         print(f"listopd {__version__}")
         return
+    if arguments[0] == "data" and (len(arguments) == 1 or arguments[1] in ("--help", "-h")):
+        for name in ("data synthetic", "data amazon"):
+            print(f"  {name:<18}{COMMANDS[name].summary}")
+        return
     name, rest = _find_command(arguments)
     command = COMMANDS[name]
     if "--help" in rest or "-h" in rest:

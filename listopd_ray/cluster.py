@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -254,11 +255,16 @@ def serve(config: Config, **arguments: Any) -> Iterator[Workers]:
 def make_requests(
     prompts: Sequence[Prompt], seed: int, tag: str, group_size: int = 1
 ) -> list[Request]:
-    return [
-        Request(prompt=p, sample_index=i, seed=sample_seed(seed, tag, p.id, i))
-        for p in prompts
-        for i in range(group_size)
-    ]
+    """`group_size` requests a prompt. A prompt that comes twice gets further sample indices."""
+    drawn: Counter[str] = Counter()
+    requests = []
+    for prompt in prompts:
+        for _ in range(group_size):
+            index = drawn[prompt.id]
+            drawn[prompt.id] += 1
+            sample = sample_seed(seed, tag, prompt.id, index)
+            requests.append(Request(prompt=prompt, sample_index=index, seed=sample))
+    return requests
 
 
 def sample_seed(seed: int, tag: str, prompt_id: str, sample_index: int) -> int:
@@ -271,15 +277,20 @@ def _bundle(num_cpus: float, num_gpus: float) -> dict[str, float]:
     return {"CPU": num_cpus, **({"GPU": num_gpus} if num_gpus else {})}
 
 
-def _reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
+def check_resources(what: str, bundles: list[dict[str, float]]) -> None:
+    """Raises ListopdError where the cluster is too small: Ray itself would wait for ever."""
     have = ray.cluster_resources()
     for resource in ("CPU", "GPU"):
         need = sum(bundle.get(resource, 0) for bundle in bundles)
         if need > have.get(resource, 0):
             raise ListopdError(
-                f"the run needs {need:g} {resource} (rollout, scoring, learner) "
-                f"but the Ray cluster has {have.get(resource, 0):g}"
+                f"{what} needs {need:g} {resource} but the Ray cluster has "
+                f"{have.get(resource, 0):g}"
             )
+
+
+def _reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
+    check_resources("the run (rollout, scoring, learner)", bundles)
     group = placement_group(bundles, strategy="PACK")
     _wait([group.ready()], "placement group")
     return group

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,6 +19,11 @@ from listopd_ray.types import ListopdError
 T = TypeVar("T")
 
 AT_LEAST_ONE = (
+    *(
+        f"{role}.{key}"
+        for role in ("student", "teacher")
+        for key in ("num_layers", "hidden_size", "intermediate_size", "warmstart.batch_size")
+    ),
     "num_prompts",
     "group_size",
     "num_steps",
@@ -200,6 +206,25 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+NOT_NEGATIVE = (
+    "seed",
+    "lam_schedule.initial",
+    "lam_schedule.final",
+    "lr_schedule.initial",
+    "lr_schedule.final",
+    "data.max_bad_rows",
+    "evaluation.every",
+    "evaluation.num_samples",
+    "checkpoint.every",
+    "scoring.support_size",
+    *(
+        f"{role}.warmstart.{key}"
+        for role in ("student", "teacher")
+        for key in ("num_steps", "warmup_steps", "seed", "prompt_loss_weight", "weight_decay")
+    ),
+)
+
+
 def load_config(schema: type[T], arguments: list[str]) -> T:
     """Read `[conf.yaml …] [key=value …]` over the defaults of `schema` (a frozen dataclass).
 
@@ -275,12 +300,15 @@ def _validate(config: Config) -> None:
     require(not bounded_without_clip, "clip", "extrapolation=bounded needs a finite c")
     require(config.max_staleness in (0, 1), "max_staleness", "must be 0 or 1")
     require(math.isfinite(config.lr) and config.lr > 0, "lr", "must be finite and > 0")
-    final_lam = config.lam_schedule.final
-    require(math.isfinite(final_lam) and final_lam >= 0, "lam_schedule.final", "must be ≥ 0")
     for key in AT_LEAST_ONE:
-        value = OmegaConf.select(OmegaConf.structured(config), key)
+        value = attrgetter(key)(config)
         require(value is None or value >= 1, key, "must be ≥ 1")
-    require(config.scoring.support_size >= 0, "scoring.support_size", "must be ≥ 0")
+    for key in NOT_NEGATIVE:
+        value = attrgetter(key)(config)
+        valid = value is None or (math.isfinite(value) and value >= 0)
+        require(valid, key, "must be finite and ≥ 0")
+    tolerance = config.sync.tolerance
+    require(math.isfinite(tolerance) and tolerance > 0, "sync.tolerance", "must be finite and > 0")
     require(config.learner.max_grad_norm > 0, "learner.max_grad_norm", "must be > 0")
     for key, beta in (("beta1", config.learner.beta1), ("beta2", config.learner.beta2)):
         require(0 <= beta < 1, f"learner.{key}", "must lie in [0, 1)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +16,17 @@ from rich.table import Table
 
 from listopd_ray import __version__
 from listopd_ray.cluster import Cluster, TeacherPool, launch, make_requests, serve
-from listopd_ray.config import Config, run_directory
+from listopd_ray.config import CliffConfig, Config, run_directory
 from listopd_ray.evaluate import evaluate
-from listopd_ray.models import end_ids, load_tokenizer
+from listopd_ray.models import end_ids, load_tokenizer, model_hash
 from listopd_ray.prepare import Prepared, prepare, serving_arguments
 from listopd_ray.roles.rollout import Generated
-from listopd_ray.splits import load_split
+from listopd_ray.splits import data_directory, load_split
 from listopd_ray.task.contract import TokenText
+from listopd_ray.task.data import dataset_hash
 from listopd_ray.tracking import Run, check_startable, check_unchanged, replace_file
 from listopd_ray.train import train
+from listopd_ray.types import ListopdError
 
 DEMO_RUNS: dict[str, dict[str, Any]] = {
     "lam1": {"lam": 1.0},
@@ -55,9 +58,14 @@ def demo_job(config: Config) -> None:
     A seed varies warm start, prompts and sampling; teacher and data stay. Runs that are finished
     already are read, not repeated.
     """
+    if not config.demo_seeds:
+        raise ListopdError("demo_seeds: give at least one seed")
     summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in DEMO_RUNS}
     for seed in config.demo_seeds:
-        common = dataclasses.replace(config, seed=seed, demo_seeds=[])
+        # The teacher actors are shared and hold the base: λ = 1 gets its diagnostics too.
+        common = dataclasses.replace(
+            config, seed=seed, demo_seeds=[], cliff=CliffConfig(measure=True)
+        )
         configs = {
             name: dataclasses.replace(common, name=f"{config.name}-s{seed}-{name}", **changes)
             for name, changes in DEMO_RUNS.items()
@@ -67,7 +75,13 @@ def demo_job(config: Config) -> None:
             _run_group(common, unfinished)
         for name, run_config in configs.items():
             check_unchanged(run_config)
-            summaries[name].append(json.loads(_summary_file(run_config).read_text()))
+            summary = json.loads(_summary_file(run_config).read_text())
+            if summary["hashes"]["data"] != dataset_hash(data_directory(config)):
+                raise ListopdError(
+                    f"{run_directory(run_config)}: made from other data than {config.data.path} "
+                    "holds now; give another name=… or remove it"
+                )
+            summaries[name].append(summary)
     print_table(summaries)
     print(f"runs: {', '.join(str(run_directory(c)) for c in configs.values())}")
 
@@ -87,26 +101,26 @@ def evaluate_job(model: str, config: Config) -> None:
 def distill(config: Config, prepared: Prepared, cluster: Cluster) -> dict[str, Any]:
     """Train one student on a running cluster and write its run directory; returns the summary."""
     start = time.perf_counter()
-    with Run(config) as run:
+    with Run(config, prepared.hashes) as run:
         learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
         workers = cluster.workers.with_seed(config.seed)
         results = train(config, prepared, workers, cluster.teacher, learner, run)
         teacher = teacher_evaluation(config, prepared, cluster.teacher)
+        student = run.directory / "student"
+        learner.export(student)
         summary = {
             "warm_start": results["warm_start"],
             "teacher": teacher,
             "student": results["student"],
             "lam": config.lam,
-            "clip": config.clip,
+            "clip": config.clip if math.isfinite(config.clip) else None,  # JSON has no infinity
             "extrapolation": config.extrapolation,
             "num_steps": config.num_steps,
             "seed": config.seed,
             "seconds": time.perf_counter() - start,
-            "hashes": prepared.hashes,
+            "hashes": prepared.hashes | {"student": model_hash(student)},
             "version": __version__,
         }
-        student = run.directory / "student"
-        learner.export(student)
         (student / "README.md").write_text(model_card(config, summary), encoding="utf-8")
         run.finish(summary)
     return summary
@@ -167,7 +181,7 @@ def print_table(summaries: dict[str, list[dict[str, Any]]]) -> None:
         bounded = ", bounded" if s["extrapolation"] == "bounded" else ""
         rows[f"λ = {s['lam']:g}{bounded}"] = [run["student"] for run in runs]
     num_prompts = first[0]["student"]["num_prompts"]
-    clip, num_seeds = first[0]["clip"], len(first)
+    clip, num_seeds = first[0]["clip"] or math.inf, len(first)
     spread = "95 % interval" if num_seeds == 1 else f"mean [range] of {num_seeds} seeds"
     title = f"c = {clip:g}, {num_prompts} held-out prompts, T = 1, {spread}"
     rich.print(results_table(title, rows))
@@ -228,9 +242,8 @@ SHA-256:
 
 def _run_group(common: Config, configs: Sequence[Config]) -> None:
     """Runs that differ in the update alone, one after the other on one set of engines."""
-    loads_base = dataclasses.replace(common, cliff=dataclasses.replace(common.cliff, measure=True))
-    prepared = prepare(loads_base)
-    with launch(loads_base, **prepared.cluster_arguments()) as cluster:
+    prepared = prepare(common)
+    with launch(common, **prepared.cluster_arguments()) as cluster:
         cluster.wait_until_ready()
         for run_config in configs:
             distill(run_config, prepared, cluster)

@@ -144,11 +144,12 @@ def encode_prompt(
 def check_same_tokenizer(paths: dict[str, Path]) -> None:
     """Raises ListopdError where the tokenizers of two roles map text to ids differently."""
     fingerprints = {role: _tokenizer_fingerprint(path) for role, path in paths.items()}
-    first, *others = fingerprints
-    for role in others:
-        if fingerprints[role] != fingerprints[first]:
+    roles = list(fingerprints)
+    for role in roles[1:]:
+        if fingerprints[role] != fingerprints[roles[0]]:
             raise ListopdError(
-                f"{role} ({paths[role]}) and {first} ({paths[first]}) have different tokenizers"
+                f"{role} ({paths[role]}) and {roles[0]} ({paths[roles[0]]}) have different "
+                "tokenizers"
             )
 
 

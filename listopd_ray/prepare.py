@@ -52,6 +52,11 @@ def prepare(config: Config) -> Prepared:
     that differ.
     """
     data = data_directory(config)
+    given = {"student": config.student.path, "teacher": config.teacher.path}
+    if needs_base(config):
+        given["base"] = config.base.path
+    # Before minutes go into warm starts.
+    check_same_tokenizer({role: Path(path) for role, path in given.items() if path})
     student_path, teacher_path = warm_start(config, "student"), warm_start(config, "teacher")
     base_path = None
     if needs_base(config):
@@ -63,8 +68,9 @@ def prepare(config: Config) -> Prepared:
     evaluation = load_split(config, "eval", tokenizer)
     answer = answer_ids(tokenizer, train.examples[0])
     longest = answer_length(tokenizer, (*train.examples, *evaluation.examples))
+    models = {"warm_start": student_path, "teacher": teacher_path, "base": base_path}
     hashes = {"data": dataset_hash(data)}
-    hashes |= {role: model_hash(path) for role, path in roles.items()}
+    hashes |= {name: model_hash(path) for name, path in models.items() if path is not None}
     return Prepared(
         train=train,
         evaluation=evaluation,

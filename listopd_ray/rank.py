@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from listopd_ray.config import Config
+from listopd_ray.task.data import BadRow, Quarantine, parse_example, read_rows
 from listopd_ray.types import Example, Judged, ListopdError
 
 
@@ -25,18 +28,18 @@ class RankConfig(Config):
 def rank(model: str, config: RankConfig) -> None:
     """Write a row an example, in order: {"id", "ranking": item ids, best first, or null, "reason"}.
 
-    Raises ListopdError for more than `data.max_bad_rows` rows that are no example; fewer are
-    counted on standard error.
+    Raises ListopdError for more than `data.max_bad_rows` rows that are no example or too long;
+    fewer are counted on standard error, with the first one's line and reason.
     """
     from listopd_ray.cluster import serve
     from listopd_ray.evaluate import judge_rollout
     from listopd_ray.models import end_ids, load_tokenizer
     from listopd_ray.prepare import serving_arguments
-    from listopd_ray.splits import encode_split
+    from listopd_ray.splits import encode_rows
     from listopd_ray.task.contract import TokenText
 
     tokenizer = load_tokenizer(model)
-    split = encode_split(config, read_requests(Path(config.input), config), tokenizer)
+    split = encode_rows(config, tokenizer, partial(read_requests, Path(config.input), config))
     text = TokenText(tokenizer, end_ids(model, tokenizer))
     with serve(config, **serving_arguments(model, config, tokenizer, split)) as workers:
         parts = workers.fetch(workers.generate(split.prompts, "rank", greedy=config.greedy))
@@ -56,21 +59,31 @@ def rank(model: str, config: RankConfig) -> None:
         raise ListopdError(f"{config.output}: {error.strerror}") from None
 
 
-def read_requests(path: Path, config: Config) -> list[Example]:
+def read_requests(
+    path: Path, config: Config, reject: Callable[[Example], str | None]
+) -> list[Example]:
     """Examples whose `relevance` may be missing: it is what ranking is to find out."""
-    from listopd_ray.task.data import Quarantine, parse_example, read_rows
+
+    seen: set[str] = set()
 
     def parse(row: dict[str, Any]) -> Example:
-        items = row.get("items")
-        unknown = [0.0] * len(items) if isinstance(items, list) else []
-        return parse_example({"relevance": unknown, **row})
+        if row.get("relevance") is None:
+            items = row.get("items")
+            row = row | {"relevance": [0.0] * len(items) if isinstance(items, list) else []}
+        example = parse_example(row)
+        if example.id in seen:
+            raise BadRow(f"duplicate id {example.id!r}")
+        seen.add(example.id)
+        if reason := reject(example):
+            raise BadRow(reason)
+        return example
 
     with Quarantine(None, config.data.max_bad_rows) as bad:
         examples = list(read_rows(path, parse, bad))
     if not examples:
-        raise ListopdError(f"{path}: no usable example ({bad.count} bad rows)")
+        raise ListopdError(f"{path}: no usable example ({bad.count} bad rows{bad.first})")
     if bad.count:
-        print(f"listopd: {bad.count} rows of {path} are no example, left out", file=sys.stderr)
+        print(f"listopd: {bad.count} bad rows left out{bad.first}", file=sys.stderr)
     return examples
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from listopd_ray.models import encode_prompt
 from listopd_ray.task.contract import answer_text, ideal_ranking
 from listopd_ray.task.data import read_examples
 from listopd_ray.types import Example, ListopdError, Prompt
+
+Reject = Callable[[Example], str | None]  # a reason to set a well-formed example aside
 
 ANSWER_SLACK = 8  # tokens that a completion may be longer than the longest correct answer
 
@@ -43,6 +45,20 @@ def data_directory(config: Config) -> Path:
 def load_split(config: Config, name: str, tokenizer: Any) -> Split:
     """One split, encoded; over-long prompts are quarantined beside the data with other bad rows."""
     data = data_directory(config)
+
+    def read(reject: Reject) -> list[Example]:
+        return read_examples(
+            data / f"{name}.jsonl",
+            max_bad_rows=config.data.max_bad_rows,
+            quarantine=data / f"{name}.quarantine.jsonl",
+            reject=reject,
+        )
+
+    return encode_rows(config, tokenizer, read)
+
+
+def encode_rows(config: Config, tokenizer: Any, read: Callable[[Reject], list[Example]]) -> Split:
+    """What `read` finds, encoded; it is given a check that refuses prompts that are too long."""
     limit = config.data.max_prompt_tokens
     encoded: dict[str, np.ndarray] = {}
 
@@ -51,27 +67,8 @@ def load_split(config: Config, name: str, tokenizer: Any) -> Split:
         encoded[example.id] = ids
         return f"prompt of {len(ids)} tokens (limit {limit})" if len(ids) > limit else None
 
-    examples = read_examples(
-        data / f"{name}.jsonl",
-        max_bad_rows=config.data.max_bad_rows,
-        quarantine=data / f"{name}.quarantine.jsonl",
-        reject=too_long,
-    )
+    examples = read(too_long)
     prompts = [Prompt(id=e.id, token_ids=encoded[e.id], num_items=len(e.items)) for e in examples]
-    return Split(examples=examples, prompts=prompts)
-
-
-def encode_split(config: Config, examples: Sequence[Example], tokenizer: Any) -> Split:
-    """Prompts of `examples`; raises ListopdError for one over `data.max_prompt_tokens`."""
-    prompts = []
-    for example in examples:
-        ids = encode_prompt(tokenizer, example, chat_template=config.task.chat_template)
-        if len(ids) > config.data.max_prompt_tokens:
-            raise ListopdError(
-                f"example {example.id!r}: prompt of {len(ids)} tokens "
-                f"(data.max_prompt_tokens={config.data.max_prompt_tokens})"
-            )
-        prompts.append(Prompt(id=example.id, token_ids=ids, num_items=len(example.items)))
     return Split(examples=examples, prompts=prompts)
 
 

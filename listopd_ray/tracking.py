@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -26,20 +27,26 @@ def check_startable(config: Config) -> None:
         raise ListopdError(f"{directory}: this run is finished; give another name=… or remove it")
     if (directory / "config.yaml").exists():
         check_unchanged(config)
+    parent = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ListopdError(f"{directory}: {parent} is not a directory that can be written to")
 
 
 class Run:
     """Opens `<out>/<name>`, new or interrupted, and writes everything that belongs into it.
 
-    Raises ListopdError as `check_startable` does, and where the directory cannot be written.
+    `hashes` are those of data and models. Raises ListopdError as `check_startable` does, where a
+    continued run was begun on other data or models, and where the directory cannot be written.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, hashes: dict[str, str]) -> None:
         check_startable(config)
         self.directory = run_directory(config)
         self._config = config
         try:
             (self.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            _check_inputs(self.directory / "inputs.json", hashes)
+            replace_file(self.directory / "inputs.json", json.dumps(hashes, indent=2) + "\n")
             replace_file(self.directory / "config.yaml", dump_config(config))
         except OSError as error:
             raise ListopdError(f"{self.directory}: cannot write: {error.strerror}") from None
@@ -114,9 +121,12 @@ def _start_wandb(config: Config, directory: Path) -> Any:
     mode = os.environ.get("WANDB_MODE") or (
         "online" if os.environ.get("WANDB_API_KEY") else "offline"
     )
+    identity = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:12]
     run = wandb.init(
         project=config.tracking.project,
         name=config.name,
+        id=identity,  # a resumed run goes on in the same place
+        resume="allow",
         dir=str(directory),
         mode=mode,  # type: ignore[arg-type]
         config=json.loads(json.dumps(_nested(config))),
@@ -140,6 +150,13 @@ def check_unchanged(config: Config) -> None:
     if changed:
         listed = ", ".join(f"{key} ({before.get(key)} → {now[key]})" for key in changed)
         raise ListopdError(f"{file.parent}: begun with another configuration: {listed}")
+
+
+def _check_inputs(file: Path, hashes: dict[str, str]) -> None:
+    before = json.loads(file.read_text()) if file.exists() else hashes
+    changed = [name for name in hashes if hashes[name] != before.get(name)]
+    if changed:
+        raise ListopdError(f"{file.parent}: begun with another {', '.join(changed)}")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ray.util.queue import Queue
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from listopd_ray.cluster import ray_session
+from listopd_ray.cluster import check_resources, ray_session
 from listopd_ray.config import Config, ModelConfig, WarmstartConfig
 from listopd_ray.models import (
     build_tokenizer,
@@ -92,13 +92,20 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
     else:
         tokenizer = build_tokenizer(_texts(examples), config.tokenizer.vocab_size)
     sequences = _encode(config, examples, tokenizer)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ListopdError(f"cache: {target.parent}: {error.strerror}") from None
     with ray_session(), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         start = Path(scratch) / "start"
         seed = config.seed if model.warmstart.seed is None else model.warmstart.seed
         initial = load_model(model.path) if model.path else make_model(model, tokenizer, seed)
         initial.save_pretrained(start)
         tokenizer.save_pretrained(start)
+        check_resources(
+            f"warmstart_workers={config.warmstart_workers}",
+            [{"CPU": 1, "GPU": float(config.device == "cuda")}] * config.warmstart_workers,
+        )
         progress = Queue(actor_options={"num_cpus": 0})
         trainer = TorchTrainer(
             _worker,
@@ -212,13 +219,15 @@ def _make_batch(
     length = max(len(prompt) + len(answer) for prompt, answer in sequences)
     input_ids = np.zeros((len(sequences), length), dtype=np.int64)
     weights = np.zeros((len(sequences), length), dtype=np.float32)
+    in_answer = np.zeros((len(sequences), length), dtype=bool)
     for row, (prompt, answer) in enumerate(sequences):
         end = len(prompt) + len(answer)
         input_ids[row, : len(prompt)] = prompt
         input_ids[row, len(prompt) : end] = answer
         weights[row, : len(prompt)] = config.prompt_loss_weight
         weights[row, len(prompt) : end] = 1.0
-    noise = (rng.random(input_ids.shape) < config.format_noise) & (weights == 1.0)
+        in_answer[row, len(prompt) : end] = True
+    noise = (rng.random(input_ids.shape) < config.format_noise) & in_answer
     targets = np.where(noise, rng.integers(0, vocab_size, input_ids.shape), input_ids)
     return (
         torch.from_numpy(input_ids),

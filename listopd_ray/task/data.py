@@ -64,6 +64,10 @@ class Quarantine:
             self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     @property
+    def first(self) -> str:
+        return f", the first {self._first}" if self.count else ""
+
+    @property
     def where(self) -> str:
         return f"; see {self._path}" if self.count and self._path is not None else ""
 

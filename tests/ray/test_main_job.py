@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from listopd_ray.cluster import Cluster
+from listopd_ray.cluster import Cluster, launch
 from listopd_ray.config import Config, load_config
 from listopd_ray.job import distill, evaluate_job
 from listopd_ray.prepare import Prepared
@@ -57,7 +57,7 @@ def test_a_run_leaves_config_metrics_samples_checkpoint_student_and_summary(
 def test_rollout_logprobs_are_the_learners_after_every_sync(finished_run: Path) -> None:
     rows = metrics_of(finished_run)
     assert 0 < rows[0]["gate/rollout_max"] < 1e-4
-    # The base is the warm start: the reverse KL of the student to itself.
+    # The student in the teacher's place: its reverse KL to itself is 0.
     assert rows[0]["gate/teacher_max"] < 1e-5
     for row in rows[1:]:
         assert 0 < row["sync/canary_max"] < 1e-4
@@ -158,3 +158,15 @@ def test_rank_writes_a_ranking_of_item_ids_or_the_reason_for_none(
             assert answer["reason"]
         else:
             assert sorted(answer["ranking"]) == sorted(item["id"] for item in row["items"])
+
+
+def test_the_loop_runs_on_transformers_alone(config: Config, prepared: Prepared) -> None:
+    changed = dataclasses.replace(
+        config, name="hf", num_steps=2, rollout=dataclasses.replace(config.rollout, backend="hf")
+    )
+    with launch(changed, **prepared.cluster_arguments()) as running:
+        running.wait_until_ready()
+        rows = metrics_of(run_again(changed, prepared, running, group_size=2))
+    assert rows[0]["gate/rollout_max"] < 1e-4
+    assert all(row["sync/canary_max"] < 1e-4 for row in rows[1:])
+    assert rows[1]["kl/mismatch_max"] < 1e-4

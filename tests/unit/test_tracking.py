@@ -13,7 +13,7 @@ def test_the_offline_wandb_run_holds_the_numbers_of_metrics_jsonl(tmp_path, monk
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     config = load_config(Config, [f"out={tmp_path}", "name=tracked", "lam=1.3"])
-    with Run(config) as run:
+    with Run(config, {}) as run:
         run.log(1, {"kl/reverse": 0.5, "contract/parse_rate": 0.25})
         run.log(2, {"kl/reverse": 0.125, "contract/parse_rate": 0.75})
         run.finish({"student": {"parse_rate": 0.625}, "lam": 1.3})

@@ -58,12 +58,12 @@ def data(examples, tokenizer):
 def start(data, tokenizer):
     """Runs the loop on fakes from scratch, as a new process would; returns what it left behind."""
 
-    def start(config, fail_at=None, finish=True):
+    def start(config, fail_at=None, finish=True, data_hash="a"):
         events = []
         learner = FakeLearner(events, fail_at)
         workers, teacher = FakeWorkers(events, tokenizer), FakeTeacher(events)
         outcome = SimpleNamespace(events=events, learner=learner, results=None)
-        with Run(config) as run:
+        with Run(config, {"data": data_hash}) as run:
             try:
                 outcome.results = train(config, data, workers, teacher, learner, run)
             except Interrupted:
@@ -240,6 +240,13 @@ def test_a_run_begun_with_another_configuration_refuses_and_names_the_keys(confi
     assert "evaluation.every (3 → 5)" in message
     assert "clip" not in message
     assert start(config).results  # the run itself is untouched
+
+
+def test_a_run_begun_on_other_data_refuses_to_continue(config, start):
+    start(config, fail_at=3)
+    with pytest.raises(ListopdError, match="begun with another data"):
+        start(config, data_hash="b")
+    assert start(config).results
 
 
 def test_a_line_cut_short_by_a_full_disk_does_not_stop_the_resumption(config, start, tmp_path):
