@@ -52,7 +52,7 @@ class Schedule:
 @dataclass(frozen=True)
 class DataConfig:
     path: str | None = None  # directory that `listopd data` wrote
-    max_prompt_tokens: int = 512
+    max_prompt_tokens: int = 512  # longer prompts are set aside
     max_bad_rows: int = 100  # more quarantined rows than this stop the command
 
 
@@ -60,15 +60,13 @@ class DataConfig:
 class WarmstartConfig:
     """Supervised fine-tuning before distillation. `num_steps: 0` takes the checkpoint as it is."""
 
-    num_steps: int = 0
+    num_steps: int = 0  # updates; 0: the checkpoint as it is
     batch_size: int = 64  # examples an update, over all workers
     lr: float = 3e-3  # peak; cosine to a twentieth
-    warmup_steps: int = 50
-    optimizer: Literal["adamw", "muon"] = (
-        "adamw"  # adamw | muon (hidden matrices; AdamW for the rest)
-    )
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    warmup_steps: int = 50  # of the learning rate, linear
+    optimizer: Literal["adamw", "muon"] = "adamw"  # adamw | muon (matrices; AdamW the rest)
+    weight_decay: float = 0.0  # decoupled
+    max_grad_norm: float = 1.0  # gradients are scaled down to it
     format_noise: float = 0.0  # share of completion targets replaced by a random token
     prompt_loss_weight: float = 0.0  # next-token loss on the prompt, relative to the completion's
     seed: int | None = None  # null: the run's seed
@@ -78,11 +76,11 @@ class WarmstartConfig:
 class ModelConfig:
     """A checkpoint directory, or (path: null) the shape of a tiny Qwen3 made here."""
 
-    path: str | None = None
-    num_layers: int = 2
+    path: str | None = None  # checkpoint directory; null: a tiny Qwen3 of the shape below
+    num_layers: int = 2  # of a model made here
     hidden_size: int = 64  # a multiple of 32, the head size
-    intermediate_size: int = 192
-    init_std: float = 0.06
+    intermediate_size: int = 192  # width of the MLP
+    init_std: float = 0.06  # standard deviation of the initial weights
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
 
 
@@ -90,7 +88,7 @@ class ModelConfig:
 class TokenizerConfig:
     """The byte-level BPE built on the data for models made here."""
 
-    vocab_size: int = 512
+    vocab_size: int = 512  # at most; fewer where the data has fewer
 
 
 @dataclass(frozen=True)
@@ -106,34 +104,34 @@ class BaseConfig:
 @dataclass(frozen=True)
 class RolloutConfig:
     backend: Literal["vllm", "hf"] = "vllm"  # vllm | hf (machines without vLLM)
-    num_workers: int = 1
+    num_workers: int = 1  # vLLM engines
     num_cpus: float = 0.5  # each worker
-    num_gpus: float = 0.0
+    num_gpus: float = 0.0  # each actor
     max_new_tokens: int | None = None  # null: the longest correct answer in the data plus 8
     max_num_seqs: int = 64  # samples decoded at once
-    kv_cache_mib: int = 64
+    kv_cache_mib: int = 64  # each engine
     engine: dict[str, Any] = field(default_factory=dict)  # passed on to vllm.LLM
 
 
 @dataclass(frozen=True)
 class TeacherActorConfig:
-    num_actors: int = 1
-    num_cpus: float = 0.5
-    num_gpus: float = 0.0
-    micro_batch_size: int = 64
+    num_actors: int = 1  # teacher actors, each with teacher and base
+    num_cpus: float = 0.5  # each actor
+    num_gpus: float = 0.0  # each actor
+    micro_batch_size: int = 64  # sequences at once
     support_size: int = 0  # S: also return the teacher's S most likely tokens
 
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    num_cpus: float = 1.0
-    num_gpus: float = 0.0
+    num_cpus: float = 1.0  # of the one learner
+    num_gpus: float = 0.0  # each actor
     dtype: Literal["float32", "bfloat16"] = "float32"  # of every role
-    micro_batch_size: int = 64
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    micro_batch_size: int = 64  # sequences at once
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    weight_decay: float = 0.0  # decoupled
+    max_grad_norm: float = 1.0  # gradients are scaled down to it
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ class EvaluationConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 40  # steps; 0: only after the last
-    keep: int = 2
+    keep: int = 2  # the newest so many
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ class CliffConfig:
 @dataclass(frozen=True)
 class TrackingConfig:
     wandb: bool = True  # offline unless WANDB_MODE or WANDB_API_KEY say otherwise
-    project: str = "listopd"
+    project: str = "listopd"  # in W&B
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ class Config:
     num_prompts: int = 64  # an update
     group_size: int = 1  # samples per prompt
     num_steps: int = 120  # updates
-    lr: float = 1e-3
+    lr: float = 1e-3  # AdamW's learning rate
     lr_schedule: Schedule = field(default_factory=Schedule)
 
     data: DataConfig = field(default_factory=DataConfig)

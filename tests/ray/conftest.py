@@ -16,8 +16,9 @@ from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """More logical CPUs than the machine has: the tests hold several placement groups at once."""
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+    """Of its own, whatever runs here; with more logical CPUs than the machine has, since the tests
+    hold several placement groups at once."""
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
