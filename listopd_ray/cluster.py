@@ -53,7 +53,7 @@ def ray_session() -> Iterator[None]:
         yield
         return
     ray.init(
-        include_dashboard=None,
+        include_dashboard=False,
         logging_level=logging.ERROR,
         log_to_driver=False,
         runtime_env={"env_vars": _TORCH_ENV},
