@@ -38,6 +38,7 @@ from listopd_ray.models import (
     make_model,
     model_hash,
 )
+from listopd_ray.splits import data_directory
 from listopd_ray.task.contract import answer_text, ideal_ranking, prompt_text
 from listopd_ray.task.data import dataset_hash, read_examples
 from listopd_ray.tracking import progress_bar
@@ -70,7 +71,7 @@ def _cache_key(config: Config, model: ModelConfig) -> str:
     parts = {
         "recipe": RECIPE,
         "torch": torch.__version__,
-        "data": dataset_hash(Path(str(config.data.path))),
+        "data": dataset_hash(data_directory(config)),
         "task": dataclasses.asdict(config.task),
         "tokenizer": None if model.path else dataclasses.asdict(config.tokenizer),
         "model": {
@@ -85,7 +86,7 @@ def _cache_key(config: Config, model: ModelConfig) -> str:
 
 
 def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
-    data = Path(str(config.data.path))
+    data = data_directory(config)
     examples = read_examples(data / "train.jsonl", max_bad_rows=config.data.max_bad_rows)
     if model.path:
         tokenizer = load_tokenizer(model.path)
