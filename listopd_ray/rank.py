@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ def rank(model: str, config: RankConfig) -> None:
     from listopd_ray.prepare import serving_arguments
     from listopd_ray.splits import encode_rows
     from listopd_ray.task.contract import TokenText
+    from listopd_ray.tracking import replace_file
 
     tokenizer = load_tokenizer(model)
     split = encode_rows(config, tokenizer, partial(read_requests, Path(config.input), config))
@@ -51,10 +51,8 @@ def rank(model: str, config: RankConfig) -> None:
     if config.output is None:
         sys.stdout.writelines(rows)
         return
-    temporary = Path(f"{config.output}.tmp")
     try:
-        temporary.write_text("".join(rows), encoding="utf-8")
-        os.replace(temporary, config.output)
+        replace_file(Path(config.output), "".join(rows))
     except OSError as error:
         raise ListopdError(f"{config.output}: {error.strerror}") from None
 

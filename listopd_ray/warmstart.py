@@ -38,7 +38,7 @@ from listopd_ray.models import (
     make_model,
     model_hash,
 )
-from listopd_ray.splits import data_directory
+from listopd_ray.splits import answer_ids, data_directory
 from listopd_ray.task.contract import answer_text, ideal_ranking, prompt_text
 from listopd_ray.task.data import dataset_hash, read_examples
 from listopd_ray.tracking import progress_bar
@@ -67,7 +67,6 @@ def warm_start(config: Config, role: str) -> Path:
 
 
 def _cache_key(config: Config, model: ModelConfig) -> str:
-    seed = config.seed if model.warmstart.seed is None else model.warmstart.seed
     parts = {
         "recipe": RECIPE,
         "torch": torch.__version__,
@@ -79,7 +78,7 @@ def _cache_key(config: Config, model: ModelConfig) -> str:
             "path": model_hash(model.path) if model.path else "",
         },
         "max_prompt_tokens": config.data.max_prompt_tokens,
-        "seed": seed,
+        "seed": _seed(config, model),
         "workers": config.warmstart_workers,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -99,7 +98,7 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
         raise ListopdError(f"cache: {target.parent}: {error.strerror}") from None
     with ray_session(), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         start = Path(scratch) / "start"
-        seed = config.seed if model.warmstart.seed is None else model.warmstart.seed
+        seed = _seed(config, model)
         initial = load_model(model.path) if model.path else make_model(model, tokenizer, seed)
         initial.save_pretrained(start)
         tokenizer.save_pretrained(start)
@@ -139,6 +138,10 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
             os.replace(finished, target)
 
 
+def _seed(config: Config, model: ModelConfig) -> int:
+    return config.seed if model.warmstart.seed is None else model.warmstart.seed
+
+
 def _texts(examples: Sequence[Example]) -> list[str]:
     return [prompt_text(e) + answer_text(ideal_ranking(e.relevance)) for e in examples]
 
@@ -151,9 +154,7 @@ def _encode(
     for example in examples:
         prompt = encode_prompt(tokenizer, example, chat_template=config.task.chat_template)
         if len(prompt) <= config.data.max_prompt_tokens:
-            answer = answer_text(ideal_ranking(example.relevance))
-            ids = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
-            sequences.append((prompt, np.array(ids, dtype=np.int32)))
+            sequences.append((prompt, answer_ids(tokenizer, example)))
     return sequences
 
 

@@ -139,7 +139,7 @@ class Learner:
     def save(self, directory: str) -> None:
         """Weights, optimizer state and version into an empty `directory`."""
         path = Path(directory)
-        self._save_student(path / "student")
+        self.export(str(path / "student"))
         state: dict[str, torch.Tensor] = {}
         for index, slots in self._optimizer.state_dict()["state"].items():
             state |= {f"{index}.{slot}": value for slot, value in slots.items()}
@@ -161,11 +161,8 @@ class Learner:
 
     def export(self, directory: str) -> None:
         """The student as a Hugging Face directory."""
-        self._save_student(Path(directory))
-
-    def _save_student(self, path: Path) -> None:
-        self._model.save_pretrained(path)
-        self._tokenizer.save_pretrained(path)
+        self._model.save_pretrained(directory)
+        self._tokenizer.save_pretrained(directory)
 
     def _loss(
         self, rollouts: Sequence[ScoredRollout], lam: float, num_tokens: int

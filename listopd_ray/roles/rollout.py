@@ -92,14 +92,7 @@ class RolloutWorker:
         start = time.perf_counter()
         outputs = self._engine.generate(requests, greedy)
         rollouts = tuple(
-            Rollout(
-                prompt=request.prompt,
-                sample_index=request.sample_index,
-                token_ids=np.array(output.token_ids, dtype=np.int32),
-                sampler_logprobs=np.array(output.logprobs, dtype=np.float32),
-                finish_reason="stop" if output.stopped else "length",
-                policy_version=self._policy_version,
-            )
+            make_rollout(request, output, self._policy_version)
             for request, output in zip(requests, outputs, strict=True)
         )
         return Generated(rollouts=rollouts, seconds=time.perf_counter() - start)
@@ -110,6 +103,17 @@ class Completion:
     token_ids: list[int]  # end token included
     logprobs: list[float]
     stopped: bool  # by an end token
+
+
+def make_rollout(request: Request, output: Completion, policy_version: int) -> Rollout:
+    return Rollout(
+        prompt=request.prompt,
+        sample_index=request.sample_index,
+        token_ids=np.array(output.token_ids, dtype=np.int32),
+        sampler_logprobs=np.array(output.logprobs, dtype=np.float32),
+        finish_reason="stop" if output.stopped else "length",
+        policy_version=policy_version,
+    )
 
 
 class VllmEngine:

@@ -18,7 +18,7 @@ from listopd_ray.roles.batching import (
     micro_batches,
 )
 from listopd_ray.roles.hf_engine import generate
-from listopd_ray.roles.rollout import Generated, Request
+from listopd_ray.roles.rollout import Generated, Request, make_rollout
 from listopd_ray.task.contract import IdTokens, Scan, TokenText, scan
 from listopd_ray.types import Rollout, ScoredRollout
 
@@ -86,16 +86,9 @@ class Teacher:
                 end_ids=self._end_ids,
                 max_new_tokens=max_new_tokens,
             )
+            pairs = zip(chunk, outputs, strict=True)
             rollouts += [
-                Rollout(
-                    prompt=request.prompt,
-                    sample_index=request.sample_index,
-                    token_ids=np.array(output.token_ids, dtype=np.int32),
-                    sampler_logprobs=np.array(output.logprobs, dtype=np.float32),
-                    finish_reason="stop" if output.stopped else "length",
-                    policy_version=0,
-                )
-                for request, output in zip(chunk, outputs, strict=True)
+                make_rollout(request, output, policy_version=0) for request, output in pairs
             ]
         return Generated(rollouts=tuple(rollouts), seconds=time.perf_counter() - start)
 
