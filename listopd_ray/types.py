@@ -21,13 +21,13 @@ class ListopdError(Exception):
 
 
 class TokenClass(IntEnum):
-    """Contract class of a completion token (see `listopd_ray.task.contract`)."""
+    """Contract class of a completion token's place (see `listopd_ray.task.contract`)."""
 
     OPENING = 0  # brace, key, colon, bracket
     ITEM_ID = 1
     SEPARATOR = 2
     CLOSING = 3  # bracket, brace, end of sequence
-    STRAY = 4  # anything that the contract does not allow at its place
+    STRAY = 4  # after the token that broke the contract
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +72,8 @@ class ScoredRollout:
     """A rollout with what teacher and base say of it: teacher → learner.
 
     The base fields are None where no base model was loaded. `*_unused_mass` is the probability of
-    any item id not used yet (the part of the contract that forbids repeats); it is defined at the
-    first token of an id and NaN elsewhere.
+    any item id not used yet (the part of the contract that forbids repeats); it is defined where the
+    first token of an id is due and NaN elsewhere.
     """
 
     rollout: Rollout

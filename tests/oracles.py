@@ -67,17 +67,19 @@ def greedy(model, prompt, *, end_ids, max_new_tokens):
     return tokens
 
 
-def id_starts(tokenizer, token_ids):
-    """{position: ids used before it} of the first token of each number in a completion."""
+def id_starts(tokenizer, token_ids, num_items):
+    """{position: ids used before it} of the tokens before which an id is due."""
     pieces = [tokenizer.decode([int(token)]) for token in token_ids]
-    starts, used = {}, set()
-    for number in re.finditer("[0-9]+", "".join(pieces)):
-        position, offset = -1, 0
-        while offset <= number.start():
-            position += 1
-            offset += len(pieces[position])
-        starts[position] = set(used)
-        used.add(int(number.group()))
+    starts = {}
+    for position, piece in enumerate(pieces):
+        before = "".join("".join(pieces[:position]).split())
+        listed = re.fullmatch(r'\{"ranking":\[((?:[0-9]+,)*)', before)
+        if listed is None or not piece.strip():
+            continue
+        used = [int(number) for number in listed.group(1).split(",")[:-1]]
+        allowed = set(range(1, num_items + 1))
+        if len(set(used)) == len(used) and set(used) <= allowed and set(used) != allowed:
+            starts[position] = set(used)
     return starts
 
 

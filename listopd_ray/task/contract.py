@@ -200,29 +200,30 @@ class Scan:
 def scan(pieces: Sequence[str], num_items: int, ended: bool) -> Scan:
     """Label every completion token; `ended`: the last piece is the end of sequence.
 
-    Works on the text of the tokens, so for any tokenizer. A token gets the class of its first
-    character that is not whitespace (`, 3` is a separator, `3,` an id); a blank one gets the class
-    of the place where it stands. A token with any character that the contract does not allow
-    there is stray, and so is every token after it.
+    Works on the text of the tokens, so for any tokenizer. While the contract is kept a token has
+    the class of its first character that is not whitespace (`, 3` is a separator, `3,` an id); a
+    blank one gets the class of the place where it stands. The token that breaks the contract gets
+    the class of what was due at its place – an id that is repeated or out of range is so an id –
+    and every token after it is stray: no answer that keeps the contract begins that way.
 
-    An id that is repeated or out of range is still an id: right kind, wrong choice. It takes one
-    of the K places. An id that starts inside a token of another class has no first token.
+    An id that starts inside a token of another class has no first token.
     """
     classes = np.full(len(pieces), TokenClass.STRAY, dtype=np.int8)
     unused: list[frozenset[int] | None] = [None] * len(pieces)
     place = _Place(num_items)
     for position, piece in enumerate(pieces):
-        if ended and position == len(pieces) - 1:
-            if place.is_complete():
-                classes[position] = TokenClass.CLOSING
-            break
+        due = place.due()
         unused_before = place.unused if place.expects_id else None
-        token_class = place.read(piece)
-        if token_class == TokenClass.STRAY:
-            break
-        classes[position] = token_class
-        if token_class == TokenClass.ITEM_ID:
+        if ended and position == len(pieces) - 1:
+            token_class = TokenClass.CLOSING if place.is_complete() else TokenClass.STRAY
+        else:
+            token_class = place.read(piece)
+        breaks = token_class == TokenClass.STRAY
+        classes[position] = due if breaks else token_class
+        if classes[position] == TokenClass.ITEM_ID:
             unused[position] = unused_before
+        if breaks:
+            break
     return Scan(classes=classes, unused=unused)
 
 
@@ -234,7 +235,6 @@ class _Place:
         self.unused = frozenset(range(1, num_items + 1))
         self._num_items = num_items
         self._num_ids = 0  # begun
-        self._items = {str(item): item for item in self.unused}
         self._digits = ""  # of the id being read
         self._opened = 0  # characters of OPENING read
         self._closed = 0  # characters of CLOSING read
@@ -242,20 +242,29 @@ class _Place:
     def is_complete(self) -> bool:
         return self._closed == len(CLOSING)
 
+    def due(self) -> TokenClass:
+        """The class of what the contract asks for next."""
+        if self._opened < len(OPENING):
+            return TokenClass.OPENING
+        if self.expects_id or (self._digits and not self._id_is_unused()):
+            return TokenClass.ITEM_ID
+        return self._blank_class()
+
     def read(self, piece: str) -> TokenClass:
+        """The class of a token's text, STRAY where it breaks the contract."""
         token_class = None
-        for index, char in enumerate(piece):
-            char_class = self._read_char(char, starts_token=index == 0)
+        for char in piece:
+            char_class = self._read_char(char)
             if char_class == TokenClass.STRAY:
                 return TokenClass.STRAY
             if token_class is None and char not in WHITESPACE:
                 token_class = char_class
         return self._blank_class() if token_class is None else token_class
 
-    def _read_char(self, char: str, starts_token: bool) -> TokenClass:
+    def _read_char(self, char: str) -> TokenClass:
         if char in WHITESPACE:
-            self._finish_id()
-            return TokenClass.STRAY if self._opened in KEY_INSIDE else self._blank_class()
+            keeps = self._opened not in KEY_INSIDE and self._finish_id()
+            return self._blank_class() if keeps else TokenClass.STRAY
         if self._opened < len(OPENING):
             if char != OPENING[self._opened]:
                 return TokenClass.STRAY
@@ -263,9 +272,8 @@ class _Place:
             self.expects_id = self._opened == len(OPENING)
             return TokenClass.OPENING
         if char in DIGITS:
-            return self._read_digit(char, starts_token)
-        self._finish_id()
-        if self.expects_id:
+            return self._read_digit(char)
+        if self.expects_id or not self._finish_id():
             return TokenClass.STRAY
         if self._num_ids < self._num_items:
             self.expects_id = char == ","
@@ -275,22 +283,27 @@ class _Place:
         self._closed += 1
         return TokenClass.CLOSING
 
-    def _read_digit(self, char: str, starts_token: bool) -> TokenClass:
+    def _read_digit(self, char: str) -> TokenClass:
         if self.expects_id:
             self.expects_id = False
             self._num_ids += 1
         elif not self._digits:
             return TokenClass.STRAY
-        elif starts_token and self._digits + char not in self._items:
-            # No id goes on this way (every prefix of an id is one): a separator was due here.
-            return TokenClass.STRAY
         self._digits += char
-        return TokenClass.ITEM_ID
+        goes_on = any(str(item).startswith(self._digits) for item in self.unused)
+        return TokenClass.ITEM_ID if goes_on else TokenClass.STRAY
 
-    def _finish_id(self) -> None:
-        if self._digits in self._items:
-            self.unused -= {self._items[self._digits]}
-        self._digits = ""
+    def _id_is_unused(self) -> bool:
+        return any(str(item) == self._digits for item in self.unused)
+
+    def _finish_id(self) -> bool:
+        """Take the id read so far, if any, off the unused; False where it is none of them."""
+        if self._digits:
+            if not self._id_is_unused():
+                return False
+            self.unused -= {int(self._digits)}
+            self._digits = ""
+        return True
 
     def _blank_class(self) -> TokenClass:
         if self._num_ids == 0:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from listopd_ray.task.contract import (
+    OPENING,
     REASONS,
     IdTokens,
     TokenText,
@@ -232,52 +233,76 @@ def test_one_edited_character_never_turns_an_answer_into_another_ranking(edited)
 def test_tokens_get_their_class_however_the_answer_is_cut(pieces, letters):
     assert class_letters(pieces, 3) == letters
     is_whole = "".join(pieces).endswith(("}", "}\n"))
-    last = "c" if is_whole else "!"
-    assert class_letters([*pieces, "<eos>"], 3, ended=True) == letters + last
+    due = "c" if is_whole else {"o": "i", "i": "s"}[letters[-1]]
+    assert class_letters([*pieces, "<eos>"], 3, ended=True) == letters + due
+    assert class_letters([*pieces, "<eos>", "<eos>"], 3, ended=True)[-1] == "!"
 
 
 @pytest.mark.parametrize(
     ("pieces", "num_items", "letters"),
     [
-        (["Sure", ':{"ranking":[1]}'], 1, "!!"),
-        (['{"', "order", '":[', "1"], 1, "o!!!"),
-        (['{"rank', " ", 'ing":['], 1, "o!!"),
-        (['{"ranking":', "1", "]"], 2, "o!!"),  # an id before the list
-        (['{"ranking":[', "]", "}"], 2, "o!!"),  # closed before any id
-        (['{"ranking":[', ",", "1"], 2, "o!!"),  # a separator where an id must stand
-        (['{"ranking":[', "1", ",", ",", "2"], 2, "ois!!"),
-        (['{"ranking":[', "1", "]", "}"], 2, "oi!!"),  # closed early
-        (['{"ranking":[', "1", "]}"], 2, "oi!"),
-        (['{"ranking":[', "1", ",", "2", ","], 2, "oisi!"),  # a separator after the last id
-        (['{"ranking":[', "1", " ", "2"], 2, "ois!"),  # no separator
-        (['{"ranking":[', "1", " 2"], 12, "oi!"),
+        (["Sure", ':{"ranking":[1]}'], 1, "o!"),
+        (['{"', "order", '":[', "1"], 1, "oo!!"),
+        (['{"rank', " ", 'ing":['], 1, "oo!"),
+        (['{"ranking":', "1", "]"], 2, "oo!"),  # an id before the list
+        (['{"ranking":[', "]", "}"], 2, "oi!"),  # closed before any id
+        (['{"ranking":[', ",", "1"], 2, "oi!"),  # a separator where an id must stand
+        (['{"ranking":[', "1", ",", ",", "2"], 2, "oisi!"),
+        (['{"ranking":[', "1", "]", "}"], 2, "ois!"),  # closed early
+        (['{"ranking":[', "1", "]}"], 2, "ois"),
+        (['{"ranking":[', "1", ",", "2", ",", "1"], 2, "oisic!"),  # goes on after the last id
+        (['{"ranking":[', "1", " ", "2"], 2, "oiss"),  # no separator
+        (['{"ranking":[', "1", " 2"], 12, "ois"),
         (['{"ranking":[', "1", "2", ","], 12, "oiis"),  # one id of two tokens
-        (['{"ranking":[', "1", "2", ","], 6, "oi!!"),  # no id of 6 goes on after a digit
-        (['{"ranking":[', "12", ",", "1"], 6, "oisi"),  # out of range, yet an id
-        (['{"ranking":[', "07", ",", "0", "7"], 6, "oisi!"),
-        (['{"ranking":[', "2", ",", "2", "]}"], 2, "oisic"),  # repeated, yet an id
-        (['{"ranking":[', "1x", ",", "2"], 2, "o!!!"),
-        (['{"ranking":[', "-1", ","], 2, "o!!"),
-        (['{"ranking":[', "²", ","], 2, "o!!"),
-        (['{"ranking":[', "1", "]]"], 1, "oi!"),
-        (['{"ranking":[', "1", "]}", "\n", "."], 1, "oicc!"),
-        (['{"ranking":[', "1", "]}", "}"], 1, "oic!"),
-        (['{"ranking":[', "\xa0", "1"], 1, "o!!"),
+        (['{"ranking":[', "1", "2", ","], 6, "ois!"),  # no id of 6 goes on after a digit
+        (['{"ranking":[', "12", ",", "1"], 6, "oi!!"),  # out of range
+        (['{"ranking":[', "07", ",", "0", "7"], 6, "oi!!!"),
+        (['{"ranking":[', "2", ",", "2", "]}"], 2, "oisi!"),  # repeated
+        (['{"ranking":[', "1", ",", "1", "2", ","], 12, "oisiis"),  # the second is 12
+        (['{"ranking":[', "1", ",", "1", ",", "2"], 12, "oisii!"),  # the second stays 1
+        (['{"ranking":[', "1", ",", "1", "2", ","], 9, "oisi!!"),
+        (['{"ranking":[', "1x", ",", "2"], 2, "oi!!"),
+        (['{"ranking":[', "-1", ","], 2, "oi!"),
+        (['{"ranking":[', "²", ","], 2, "oi!"),
+        (['{"ranking":[', "1", "]]", "x"], 1, "oic!"),
+        (['{"ranking":[', "1", "]}", "\n", ".", "."], 1, "oiccc!"),
+        (['{"ranking":[', "1", "]}", "}", "}"], 1, "oicc!"),
+        (['{"ranking":[', "\xa0", "1"], 1, "oi!"),
     ],
 )
-def test_a_token_of_the_wrong_kind_is_stray_and_so_is_all_that_follows(pieces, num_items, letters):
+def test_the_breaking_token_has_the_class_that_was_due_and_all_after_it_are_stray(
+    pieces, num_items, letters
+):
     assert class_letters(pieces, num_items) == letters
 
 
 @pytest.mark.parametrize("kept", range(5))
 def test_the_end_of_sequence_closes_a_complete_answer_only(kept):
     pieces = ['{"ranking":[', "1", "]", "}", "\n"][:kept]
-    assert class_letters([*pieces, "}"], 1, ended=True)[-1] == ("c" if kept == 4 else "!")
+    assert class_letters([*pieces, "}"], 1, ended=True)[-1] == "oiccc"[kept]
 
 
 def test_an_empty_completion_has_no_classes():
     assert class_letters([], 3) == ""
-    assert class_letters(["<eos>"], 3, ended=True) == "!"
+    assert class_letters(["<eos>"], 3, ended=True) == "o"
+
+
+@functools.cache
+def answer_prefixes(num_items):
+    """Every beginning of every answer of `num_items` items, written without blanks."""
+    answers = itertools.permutations(range(1, num_items + 1))
+    texts = ["".join(answer_text(answer).split()) for answer in answers]
+    return {text[:end] for text in texts for end in range(len(text) + 1)}
+
+
+@fuzz_settings
+@given(st.integers(1, 4), st.text("123,]}4", max_size=12), st.integers(0, 3))
+def test_tokens_have_a_class_up_to_the_first_that_no_answer_has_there(num_items, tail, cut):
+    text = OPENING[: len(OPENING) - cut] + tail
+    kept = max(end for end in range(len(text) + 1) if text[:end] in answer_prefixes(num_items))
+    letters = class_letters(list(text), num_items)
+    assert "!" not in letters[: kept + 1]
+    assert set(letters[kept + 1 :]) <= {"!"}
 
 
 @st.composite
@@ -308,26 +333,33 @@ def test_no_cut_of_a_canonical_answer_has_a_stray_token_or_changes_a_class(data,
 
 @fuzz_settings
 @given(edited_answers(st.sampled_from(' \n0123{}[]:,"r')))
-def test_a_text_without_stray_characters_parses_if_its_ids_are_a_permutation(edited):
+def test_a_text_parses_if_the_end_of_sequence_and_all_before_it_keep_the_contract(edited):
     ranking, text = edited
-    letters = class_letters([*text, "<eos>"], len(ranking), ended=True)
-    ids = "".join(
-        char if letter == "i" else " " for char, letter in zip(text, letters, strict=False)
-    )
-    numbers = [int(number) for number in ids.split()]
-    keeps = "!" not in letters and sorted(numbers) == sorted(ranking)
-    assert keeps == (strict_parse(text, len(ranking), "stop")[0] is not None)
+    # After the end token nothing is allowed: its class alone would not tell whether it was due.
+    result = scan([*text, "\n", "<eos>", "<eos>"], len(ranking), ended=False)
+    num_kept = int((result.classes != TokenClass.STRAY).sum()) - 1
+    keeps = num_kept == len(text) + 1 and result.classes[num_kept] == TokenClass.CLOSING
+    is_complete = text.rstrip().endswith("}")
+    parses = strict_parse(text, len(ranking), "stop")[0] is not None
+    assert parses == (keeps and is_complete)
 
 
-def test_the_unused_ids_stand_at_the_first_token_of_each_id():
-    pieces = ['{"ranking": [', " ", "1", "1", ",", " 2", ",", "2", ",", "99", ", 3", ",", "x"]
+def test_the_unused_ids_stand_where_the_first_token_of_an_id_is_due():
+    pieces = ['{"ranking": [', " ", "1", "1", ",", " 2", ",", "2", ",", "99"]
     every = frozenset(range(1, 13))
     expected = [None] * len(pieces)
     expected[2] = every
     expected[5] = every - {11}
-    expected[7] = every - {11, 2}
-    expected[9] = every - {11, 2}  # the repeat used nothing up
-    assert scan(pieces, 12, ended=False).unused == expected  # `, 3` begins no id of its own
+    expected[7] = every - {11, 2}  # where 2 came again; nothing after it counts
+    assert scan(pieces, 12, ended=False).unused == expected
+    # `, 3` begins no id of its own, and `]` stands where one was due.
+    assert scan(['{"ranking": [', "3", ", 1", ",", "]"], 12, ended=False).unused == [
+        None,
+        every,
+        None,
+        None,
+        every - {3, 1},
+    ]
 
 
 # Tokenizers
@@ -359,7 +391,7 @@ def test_the_pieces_of_a_byte_level_tokenizer_show_split_characters_as_stray():
     pieces = token_text.pieces(token_ids)
     assert pieces == ["{", "\ufffd", "\ufffd"]
     assert token_text.text(token_ids) == "{é"
-    assert class_letters(pieces, 3) == "o!!"
+    assert class_letters(pieces, 3) == "oo!"
 
 
 def test_other_special_tokens_stay_in_the_text_so_that_they_fail_the_parse():

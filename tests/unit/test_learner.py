@@ -123,9 +123,9 @@ def test_metrics_match_the_oracle(
             for model in (student_model, teacher_model, base_model)
         )
         sampler += part.rollout.sampler_logprobs.tolist()
-        for t, used in oracles.id_starts(tokenizer, token_ids).items():
+        num_items = part.rollout.prompt.num_items
+        for t, used in oracles.id_starts(tokenizer, token_ids, num_items).items():
             for owner, rows in (("teacher", teacher), ("base", base)):
-                num_items = part.rollout.prompt.num_items
                 unused[owner].append(oracles.unused_mass(tokenizer, rows[t], used, num_items))
         for t, token in enumerate(token_ids):
             own.append(student[t][token])
