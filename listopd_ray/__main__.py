@@ -10,7 +10,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from listopd_ray import __version__
-from listopd_ray.config import Config, describe_keys, load_config
+from listopd_ray.config import CalibrateConfig, Config, StudyConfig, describe_keys, load_config
+from listopd_ray.label import LabelConfig, label_command
 from listopd_ray.rank import RankConfig
 from listopd_ray.task.amazon import AmazonConfig, write_amazon
 from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic
@@ -56,10 +57,22 @@ def _train(config: Config) -> None:
     train_job(config)
 
 
+def _calibrate(config: CalibrateConfig) -> None:
+    from listopd_ray.calibrate import calibrate_job
+
+    calibrate_job(config)
+
+
 def _demo(config: Config) -> None:
     from listopd_ray.job import demo_job
 
     demo_job(config)
+
+
+def _study(config: StudyConfig) -> None:
+    from listopd_ray.study import study_job
+
+    study_job(config)
 
 
 def _evaluate(model: str, config: Config) -> None:
@@ -90,6 +103,19 @@ COMMANDS = {
         _train,
         details="Writes <out>/<name>/; the same command again continues an interrupted run.",
     ),
+    "calibrate": Command(
+        "measure teacher and warm start, and predict λ* before any training",
+        CalibrateConfig,
+        _calibrate,
+        details="Writes <out>/<name>/prediction.json. With from=FILE it scales an onset that a "
+        "study or search\nmeasured at another clip instead.",
+    ),
+    "study": Command(
+        "train curves over λ, with predictions locked before, and judge them",
+        StudyConfig,
+        _study,
+        details="Writes <out>/<name>/; the same command again continues: one trial is the unit.",
+    ),
     "demo": Command(
         "distil with λ = 1, λ = 2 and λ = 5 bounded, and print the table",
         Config,
@@ -102,6 +128,14 @@ COMMANDS = {
         _evaluate,
         positional="MODEL",
         details="MODEL is a Hugging Face directory; needs data.path=DIR. Prints a table and JSON.",
+    ),
+    "label": Command(
+        "write a dataset whose training relevance is a checkpoint's own ranking",
+        LabelConfig,
+        label_command,
+        positional="MODEL",
+        details="Needs data.path=DIR and out=DIR. MODEL's greedy outputs that break the contract "
+        "are dropped\nand counted; the held-out examples stay as they are.",
     ),
     "rank": Command(
         "rank the items of examples with a checkpoint",

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from listopd_ray.config import Config
 from listopd_ray.roles.learner import Learner
 from listopd_ray.roles.rollout import Generated, Request, RolloutWorker
-from listopd_ray.roles.teacher import Teacher
+from listopd_ray.roles.teacher import Scored, Teacher
 from listopd_ray.types import ListopdError, Prompt
 
 START_TIMEOUT_S = 600.0
@@ -114,6 +114,10 @@ class TeacherPool:
         actors = self._actors
         return [actors[i % len(actors)].score.remote(part) for i, part in enumerate(generated)]
 
+    def fetch(self, scored: list[Any]) -> list[Scored]:
+        """Wait for what `score` started."""
+        return ray.get(scored)
+
     def score_with(self, model_path: Path, generated: list[Any]) -> list[Any]:
         """`score` by every actor with another checkpoint in the teacher's place."""
         path = str(model_path.absolute())
@@ -160,17 +164,12 @@ class Cluster:
         *,
         student_path: Path,
         teacher_path: Path | None,
-        base_path: Path | None,
         end_ids: tuple[int, ...],
         max_prompt_tokens: int,
         max_new_tokens: int,
     ) -> None:
         rollout, scoring, learner = config.rollout, config.scoring, config.learner
-        bundles = [_bundle(learner.num_cpus, learner.num_gpus)]
-        bundles += [_bundle(rollout.num_cpus, rollout.num_gpus)] * rollout.num_workers
-        num_teachers = scoring.num_actors if teacher_path else 0
-        bundles += [_bundle(scoring.num_cpus, scoring.num_gpus)] * num_teachers
-        self._group = _reserve(bundles)
+        self._group = _reserve(bundles_of(config, with_teachers=teacher_path is not None))
         self._learner: Any = None
         worker_actors = [
             self._spawn(RolloutWorker, 1 + index, _vllm_env(config)).remote(
@@ -185,28 +184,30 @@ class Cluster:
             )
             for index in range(rollout.num_workers)
         ]
-        teacher_actors = []
+        self._teacher_actors = []
         if teacher_path is not None:
-            teacher_actors = [
+            self._teacher_actors = [
                 self._spawn(Teacher, 1 + rollout.num_workers + index, _TORCH_ENV).remote(
                     scoring,
                     teacher_path=str(teacher_path.absolute()),
-                    base_path=str(base_path.absolute()) if base_path else None,
                     dtype=learner.dtype,
                     device=config.device,
                 )
-                for index in range(num_teachers)
+                for index in range(scoring.num_actors)
             ]
         self.workers = Workers(worker_actors, config.seed)
-        self.teacher = TeacherPool(teacher_actors)
-        self._starting = [actor.__ray_ready__.remote() for actor in worker_actors + teacher_actors]
+        self.teacher = TeacherPool(self._teacher_actors)
+        actors = worker_actors + self._teacher_actors
+        self._starting = [actor.__ray_ready__.remote() for actor in actors]
 
     def start_learner(
-        self, config: Config, student_path: Path, canary_ids: np.ndarray
+        self, config: Config, student_path: Path, base_path: Path | None, canary_ids: np.ndarray
     ) -> LearnerHandle:
-        """A fresh learner in the learner's bundle, in place of the one before."""
+        """A fresh learner in place of the one before; every teacher gets its run's base."""
         if self._learner is not None:
             ray.kill(self._learner)
+        base = str(base_path.absolute()) if base_path else None
+        ray.get([actor.use_base.remote(base) for actor in self._teacher_actors])
         self._learner = self._spawn(Learner, 0, _TORCH_ENV).remote(
             config, student_path=str(student_path.absolute()), canary_ids=canary_ids
         )
@@ -246,7 +247,7 @@ def launch(config: Config, **arguments: Any) -> Iterator[Cluster]:
 @contextmanager
 def serve(config: Config, **arguments: Any) -> Iterator[Workers]:
     """Rollout workers alone, serving a checkpoint's own weights (arguments as for `Cluster`)."""
-    with launch(config, teacher_path=None, base_path=None, **arguments) as cluster:
+    with launch(config, teacher_path=None, **arguments) as cluster:
         cluster.wait_until_ready()
         cluster.workers.use_checkpoint()
         yield cluster.workers
@@ -271,6 +272,15 @@ def sample_seed(seed: int, tag: str, prompt_id: str, sample_index: int) -> int:
     """The seed of one sample: the same whichever worker draws it, in whatever batch."""
     key = f"{seed}\0{tag}\0{prompt_id}\0{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 2
+
+
+def bundles_of(config: Config, *, with_teachers: bool = True) -> list[dict[str, float]]:
+    """Resources of a placement group: the learner, then rollout workers, then teachers."""
+    rollout, scoring, learner = config.rollout, config.scoring, config.learner
+    bundles = [_bundle(learner.num_cpus, learner.num_gpus)]
+    bundles += [_bundle(rollout.num_cpus, rollout.num_gpus)] * rollout.num_workers
+    num_teachers = scoring.num_actors if with_teachers else 0
+    return bundles + [_bundle(scoring.num_cpus, scoring.num_gpus)] * num_teachers
 
 
 def _bundle(num_cpus: float, num_gpus: float) -> dict[str, float]:

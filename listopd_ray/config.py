@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -110,6 +111,7 @@ class RolloutConfig:
     max_new_tokens: int | None = None  # null: the longest correct answer in the data plus 8
     max_num_seqs: int = 64  # samples decoded at once
     kv_cache_mib: int = 64  # each engine
+    grammar: bool = False  # decode under the contract's JSON schema; not for training samples
     engine: dict[str, Any] = field(default_factory=dict)  # passed on to vllm.LLM
 
 
@@ -120,6 +122,9 @@ class TeacherActorConfig:
     num_gpus: float = 0.0  # each actor
     micro_batch_size: int = 64  # sequences at once
     support_size: int = 0  # S: also return the teacher's S most likely tokens
+    temperature: float = 1.0  # of the teacher that scores: < 1 sharper, > 1 flatter
+    id_temperature: float = 1.0  # in its place where an item id is due
+    uniform_share: float = 0.0  # mixed into the teacher that scores
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,7 @@ class Config:
     lam: float = 1.0  # λ
     lam_schedule: Schedule = field(default_factory=lambda: Schedule(initial=1.0, final=1.0))
     clip: float = 2.0  # c; .inf: no clip
+    prediction: str | None = None  # prediction.json of `listopd calibrate`
     extrapolation: Literal["plain", "bounded"] = "plain"  # plain | bounded
     delta: float = 0.5  # δ of the bounded form
     ratio_clip: float = 0.2  # ε on learner/sampler
@@ -202,6 +208,43 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cliff: CliffConfig = field(default_factory=CliffConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass(frozen=True)
+class CalibrateConfig(Config):
+    """Of `listopd calibrate`."""
+
+    from_: str | None = None  # verdict.json or bracket.json: scale its onset to this clip
+    from_clip: float | None = None  # which of a verdict's onsets; null: the nearest clip's
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Trials over λ with everything else fixed; what is predicted of it is locked before them."""
+
+    set: dict[str, Any] = field(default_factory=dict)  # keys of the run's configuration
+    lams: list[float] = field(default_factory=list)  # λ; none: 1 and `points` around λ*
+    step: float = 0.1  # between grid points
+    points: int = 5  # of the grid around λ*: its first lies a step below λ*
+    seeds: list[int] | None = None  # null: the study's
+    judge: bool = False  # lock the a-priori prediction and judge it
+    calibrated_from: str | None = None  # an earlier curve whose onset predicts this one's
+    budget_from: str | None = None  # an earlier curve at another num_steps, likewise
+
+
+@dataclass(frozen=True)
+class StudySection:
+    slots: int = 2  # trials at once; each takes the resources of one run
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    curves: dict[str, Curve] = field(default_factory=dict)  # in the order they are run
+    only: list[str] = field(default_factory=list)  # curves to run this time; none: all
+
+
+@dataclass(frozen=True)
+class StudyConfig(Config):
+    """Of `listopd study`: a run's configuration and the curves that vary it."""
+
+    study: StudySection = field(default_factory=StudySection)
 
 
 NOT_NEGATIVE = (
@@ -232,6 +275,8 @@ def load_config(schema: type[T], arguments: list[str]) -> T:
     config = OmegaConf.structured(schema)
     for argument in arguments:
         is_pair = "=" in argument
+        if argument.startswith("from="):
+            argument = argument.replace("from", "from_", 1)  # Python has no field called from
         if not is_pair and not argument.endswith((".yaml", ".yml")):
             raise ListopdError(f"'{argument}' is neither key=value nor a YAML file")
         try:
@@ -249,6 +294,25 @@ def load_config(schema: type[T], arguments: list[str]) -> T:
         raise ListopdError(_first_line(error)) from None
     if isinstance(result, Config):
         _validate(result)
+    return result  # type: ignore[return-value]
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """A run's configuration with other values by dotted key; raises ListopdError as `load_config`.
+
+    Sections that a subclass of Config adds are left out.
+    """
+    names = [field.name for field in dataclasses.fields(Config)]
+    plain = OmegaConf.structured(Config(**{name: getattr(config, name) for name in names}))
+    layer = OmegaConf.create()
+    for key, value in values.items():
+        OmegaConf.update(layer, key, value)
+    try:
+        plain = OmegaConf.merge(plain, layer)
+    except OmegaConfBaseException as error:
+        raise ListopdError(_first_line(error)) from None
+    result = OmegaConf.to_object(plain)
+    _validate(result)  # type: ignore[arg-type]
     return result  # type: ignore[return-value]
 
 
@@ -293,6 +357,11 @@ def _validate(config: Config) -> None:
     require(math.isfinite(config.lam) and config.lam >= 0, "lam", "λ must be finite and ≥ 0")
     require(config.clip > 1, "clip", "c must be > 1 (.inf for no clip)")
     require(0 <= config.delta <= 1, "delta", "δ must lie in [0, 1]")
+    for key in ("temperature", "id_temperature"):
+        temperature = getattr(config.scoring, key)
+        valid = math.isfinite(temperature) and temperature > 0
+        require(valid, f"scoring.{key}", "must be finite and > 0")
+    require(0 <= config.scoring.uniform_share < 1, "scoring.uniform_share", "must lie in [0, 1)")
     require(config.ratio_clip > 0, "ratio_clip", "ε must be > 0")
     bounded_without_clip = config.extrapolation == "bounded" and math.isinf(config.clip)
     require(not bounded_without_clip, "clip", "extrapolation=bounded needs a finite c")
@@ -305,6 +374,8 @@ def _validate(config: Config) -> None:
         value = attrgetter(key)(config)
         valid = value is None or (math.isfinite(value) and value >= 0)
         require(valid, key, "must be finite and ≥ 0")
+    grammar_without_vllm = config.rollout.grammar and config.rollout.backend != "vllm"
+    require(not grammar_without_vllm, "rollout.grammar", "needs rollout.backend=vllm")
     tolerance = config.sync.tolerance
     require(math.isfinite(tolerance) and tolerance > 0, "sync.tolerance", "must be finite and > 0")
     require(config.learner.max_grad_norm > 0, "learner.max_grad_norm", "must be > 0")
@@ -334,7 +405,7 @@ def describe_keys(schema: type) -> list[tuple[str, str, str]]:
 def _describe(section: DictConfig, prefix: str) -> Iterator[tuple[str, str, str]]:
     schema = OmegaConf.get_type(section) or dict
     comments: dict[str, str] = {}
-    for ancestor in schema.__mro__[:-1]:
+    for ancestor in schema.__mro__[-2::-1]:  # the class itself last: its own comment wins
         source = inspect.getsource(ancestor)
         comments |= re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE)
     for name, value in section.items():
@@ -344,4 +415,4 @@ def _describe(section: DictConfig, prefix: str) -> Iterator[tuple[str, str, str]
         else:
             default = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             shown = "null" if default is None else str(default)
-            yield f"{prefix}{key}", shown, comments.get(key, "")
+            yield f"{prefix}{key.rstrip('_')}", shown, comments.get(key, "")

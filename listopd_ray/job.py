@@ -101,8 +101,12 @@ def evaluate_job(model: str, config: Config) -> None:
 def distill(config: Config, prepared: Prepared, cluster: Cluster) -> dict[str, Any]:
     """Train one student on a running cluster and write its run directory; returns the summary."""
     start = time.perf_counter()
-    with Run(config, prepared.hashes) as run:
-        learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
+    digest = _digest(config.prediction)
+    hashes = prepared.hashes | ({"prediction": digest} if digest else {})
+    with Run(config, hashes) as run:
+        learner = cluster.start_learner(
+            config, prepared.student_path, prepared.base_path, prepared.canary_ids
+        )
         workers = cluster.workers.with_seed(config.seed)
         results = train(config, prepared, workers, cluster.teacher, learner, run)
         teacher = teacher_evaluation(config, prepared, cluster.teacher)
@@ -113,17 +117,26 @@ def distill(config: Config, prepared: Prepared, cluster: Cluster) -> dict[str, A
             "teacher": teacher,
             "student": results["student"],
             "lam": config.lam,
+            "mean_lam": run.mean("train/lam"),
             "clip": config.clip if math.isfinite(config.clip) else None,  # JSON has no infinity
             "extrapolation": config.extrapolation,
             "num_steps": config.num_steps,
             "seed": config.seed,
             "seconds": time.perf_counter() - start,
-            "hashes": prepared.hashes | {"student": model_hash(student)},
+            "prediction_sha256": digest,
+            "hashes": hashes | {"student": model_hash(student)},
             "version": __version__,
         }
         (student / "README.md").write_text(model_card(config, summary), encoding="utf-8")
         run.finish(summary)
     return summary
+
+
+def _digest(prediction: str | None) -> str | None:
+    try:
+        return hashlib.sha256(Path(prediction).read_bytes()).hexdigest() if prediction else None
+    except OSError as error:
+        raise ListopdError(f"prediction: {prediction}: {error.strerror}") from None
 
 
 def teacher_evaluation(config: Config, prepared: Prepared, teacher: TeacherPool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from listopd_ray.models import check_same_tokenizer, end_ids, load_tokenizer, mo
 from listopd_ray.splits import Split, answer_ids, answer_length, data_directory, load_split
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import dataset_hash
+from listopd_ray.types import ListopdError
 from listopd_ray.warmstart import warm_start
 
 
@@ -38,7 +39,6 @@ class Prepared:
         return dict(
             student_path=self.student_path,
             teacher_path=self.teacher_path,
-            base_path=self.base_path,
             end_ids=self.end_ids,
             max_prompt_tokens=max(longest, len(self.canary_ids)),
             max_new_tokens=self.max_new_tokens,
@@ -48,9 +48,14 @@ class Prepared:
 def prepare(config: Config) -> Prepared:
     """Read the data, make the warm starts that are not cached, check that the roles fit together.
 
-    Raises ListopdError for missing or bad data, an unusable checkpoint or base, and tokenizers
-    that differ.
+    Raises ListopdError for missing or bad data, an unusable checkpoint or base, tokenizers that
+    differ, and a configuration whose samples nothing can be learned from.
     """
+    if config.rollout.grammar:
+        raise ListopdError(
+            "rollout.grammar: only for evaluate, rank and label; in training its mask would hide "
+            "the very tokens whose probabilities matter"
+        )
     data = data_directory(config)
     given = {"student": config.student.path, "teacher": config.teacher.path}
     if needs_base(config):

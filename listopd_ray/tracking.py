@@ -27,6 +27,11 @@ def check_startable(config: Config) -> None:
         raise ListopdError(f"{directory}: this run is finished; give another name=… or remove it")
     if (directory / "config.yaml").exists():
         check_unchanged(config)
+    check_writable(directory)
+
+
+def check_writable(directory: Path) -> None:
+    """Raises ListopdError where `directory` can be neither written to nor made."""
     parent = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ListopdError(f"{directory}: {parent} is not a directory that can be written to")
@@ -92,6 +97,12 @@ class Run:
         ]
         _append(self.directory / "samples.jsonl", rows)
 
+    def mean(self, metric: str) -> float:
+        """Of all steps that logged it."""
+        lines = (self.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        values = [row[metric] for row in map(json.loads, lines) if metric in row]
+        return sum(values) / len(values)
+
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json: with it the run counts as finished."""
         replace_file(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -99,10 +110,10 @@ class Run:
             self._wandb.summary.update(summary)
 
 
-def progress_bar(what: str, total: int, initial: int = 0) -> tqdm:
-    """Updates done, with rate and time left; sparing with lines where nobody watches."""
+def progress_bar(what: str, total: int, initial: int = 0, unit: str = "update") -> tqdm:
+    """Units done, with rate and time left; sparing with lines where nobody watches."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(desc=what, total=total, initial=initial, unit="update", mininterval=interval)
+    return tqdm(desc=what, total=total, initial=initial, unit=unit, mininterval=interval)
 
 
 def evaluation_metrics(evaluation: dict[str, Any]) -> dict[str, float]:

@@ -72,8 +72,8 @@ class ScoredRollout:
     """A rollout with what teacher and base say of it: teacher → learner.
 
     The base fields are None where no base model was loaded. `*_unused_mass` is the probability of
-    any item id not used yet (the part of the contract that forbids repeats); it is defined where the
-    first token of an id is due and NaN elsewhere.
+    any item id not used yet (the part of the contract that forbids repeats): NaN but where the
+    first token of an id is due.
     """
 
     rollout: Rollout

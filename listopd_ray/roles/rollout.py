@@ -1,12 +1,15 @@
 """The rollout worker: samples completions from the student's current weights.
 
-Sampling is at T = 1 without truncation, penalties or grammar, so that the log-probabilities the
-sampler reports are those of the policy itself (an importance ratio against anything else is
-biased). One engine a process: vLLM's CPU backend changes torch for the process it lives in.
+Sampling is at T = 1 without truncation or penalties, and in training without a grammar, so that the
+log-probabilities the sampler reports are those of the policy itself (an importance ratio against
+anything else is biased; a grammar renormalises over the tokens it allows). One engine a process:
+vLLM's CPU backend changes torch for the process it lives in.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,8 +136,9 @@ class VllmEngine:
 
         self._end_ids = end_ids
         self._max_new_tokens = max_new_tokens
-        options = dict(
-            skip_tokenizer_init=True,  # token ids go in and out
+        self._grammar = config.grammar
+        options: dict[str, Any] = dict(
+            skip_tokenizer_init=not config.grammar,  # token ids go in and out
             generation_config="vllm",  # no sampling defaults from the checkpoint
             enforce_eager=True,
             # A seeded request whose prompt is split over two steps fails on the CPU.
@@ -145,6 +149,8 @@ class VllmEngine:
             disable_log_stats=True,
             seed=0,
         )
+        if config.grammar:
+            options["structured_outputs_config"] = {"backend": "xgrammar"}
         self._llm = LLM(
             model=model_path,
             dtype=dtype,
@@ -177,6 +183,10 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[Request], greedy: bool) -> list[Completion]:
         from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        def constraint(prompt: Prompt) -> Any:  # vLLM wants one object a request
+            return StructuredOutputsParams(grammar=contract_grammar(prompt.num_items))
 
         params = [
             SamplingParams(
@@ -187,6 +197,7 @@ class VllmEngine:
                 logprobs=0,
                 flat_logprobs=True,
                 detokenize=False,
+                structured_outputs=constraint(request.prompt) if self._grammar else None,
             )
             for request in requests
         ]
@@ -198,6 +209,28 @@ class VllmEngine:
             logprobs = _flat(output.logprobs, token_ids).tolist()
             completions.append(Completion(token_ids, logprobs, output.finish_reason == "stop"))
         return completions
+
+
+@functools.cache
+def contract_grammar(num_items: int) -> str:
+    """xgrammar's EBNF of the contract's JSON schema, spelled as `json.dumps` spells it.
+
+    vLLM's own `json=` constraint either lets whitespace run on without end wherever JSON has room
+    for it or, with `disable_any_whitespace`, allows no blank at all: `{"ranking": [3, 1, 2]}`, what
+    models are trained on, is then forbidden. That no item comes twice a JSON schema could say, but
+    xgrammar does not enforce it.
+    """
+    from xgrammar import Grammar
+
+    item = {"type": "integer", "minimum": 1, "maximum": num_items}
+    ranking = {"type": "array", "items": item, "minItems": num_items, "maxItems": num_items}
+    schema = {
+        "type": "object",
+        "properties": {"ranking": ranking},
+        "required": ["ranking"],
+        "additionalProperties": False,
+    }
+    return str(Grammar.from_json_schema(json.dumps(schema), any_whitespace=False))
 
 
 def _flat(flat: Any, token_ids: list[int], skip: int = 0) -> np.ndarray:

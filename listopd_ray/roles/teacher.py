@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from listopd_ray.config import TeacherActorConfig
 from listopd_ray.models import end_ids, load_model, load_tokenizer
@@ -20,7 +21,7 @@ from listopd_ray.roles.batching import (
 from listopd_ray.roles.hf_engine import generate
 from listopd_ray.roles.rollout import Generated, Request, make_rollout
 from listopd_ray.task.contract import IdTokens, Scan, TokenText, scan
-from listopd_ray.types import Rollout, ScoredRollout
+from listopd_ray.types import Rollout, ScoredRollout, TokenClass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,25 +31,35 @@ class Scored:
 
 
 class Teacher:
-    """Holds the teacher and, where λ ≠ 1 or the diagnostics need it, the base."""
+    """Holds the teacher and, once it is told which, the base (λ ≠ 1 and the diagnostics need it).
+
+    Its own completions come from the teacher as it is; scores from the one that `config` reshapes.
+    """
 
     def __init__(
         self,
         config: TeacherActorConfig,
         *,
         teacher_path: str,
-        base_path: str | None,
         dtype: str,
         device: str,
     ) -> None:
         self._config = config
         self._dtype, self._device = dtype, device
         self._teacher = load_model(teacher_path, dtype=dtype, device=device).eval()
-        self._base = load_model(base_path, dtype=dtype, device=device).eval() if base_path else None
+        self._base: PreTrainedModel | None = None
+        self._base_path: str | None = None
         self._tokenizer = load_tokenizer(teacher_path)
         self._end_ids = end_ids(teacher_path, self._tokenizer)
         self._text = TokenText(self._tokenizer, self._end_ids)
         self._id_tokens: dict[int, IdTokens] = {}  # by K
+
+    def use_base(self, base_path: str | None) -> None:
+        """Score with this base from now on; None: without one."""
+        if base_path != self._base_path:
+            options = dict(dtype=self._dtype, device=self._device)
+            self._base = load_model(base_path, **options).eval() if base_path else None
+            self._base_path = base_path
 
     @torch.inference_mode()
     def score(self, generated: Generated) -> Scored:
@@ -63,13 +74,14 @@ class Teacher:
         return Scored(rollouts=ordered, seconds=time.perf_counter() - start)
 
     def score_with(self, model_path: str, generated: Generated) -> Scored:
-        """`score` with another checkpoint in the teacher's place, for the start-up gate."""
-        teacher = self._teacher
+        """`score` with another checkpoint, as it is, in the teacher's place: the start-up gate."""
+        teacher, config = self._teacher, self._config
         self._teacher = load_model(model_path, dtype=self._dtype, device=self._device).eval()
+        self._config = TeacherActorConfig(micro_batch_size=config.micro_batch_size)
         try:
             return self.score(generated)
         finally:
-            self._teacher = teacher
+            self._teacher, self._config = teacher, config
 
     def generate(
         self, requests: Sequence[Request], max_new_tokens: int, greedy: bool = False
@@ -100,14 +112,15 @@ class Teacher:
             for r, s in zip(rollouts, scans, strict=True)
             for ids in s.unused
         ]
-        teacher = completion_logprobs(self._teacher, batch)  # [N, V]
+        classes = np.concatenate([s.classes for s in scans])
+        teacher = self._reshape(completion_logprobs(self._teacher, batch), classes)  # [N, V]
         modal_logprobs, modal_ids = teacher.max(dim=-1)
         columns: dict[str, torch.Tensor | np.ndarray] = {
             "teacher_logprobs": gather(teacher, batch.token_ids),
             "modal_ids": modal_ids.int(),
             "teacher_modal_logprobs": modal_logprobs,
             "teacher_unused_mass": self._unused_mass(teacher, unused),
-            "token_classes": np.concatenate([s.classes for s in scans]),
+            "token_classes": classes,
         }
         if self._config.support_size:
             support_logprobs, support_ids = teacher.topk(self._config.support_size, dim=-1)
@@ -137,6 +150,18 @@ class Teacher:
             )
             for rollout, end in zip(rollouts, ends, strict=True)
         ]
+
+    def _reshape(self, logprobs: torch.Tensor, classes: np.ndarray) -> torch.Tensor:
+        """The teacher that the config asks for: sharpened, flattened or mixed with uniform."""
+        config = self._config
+        if config.temperature != 1.0 or config.id_temperature != 1.0:
+            is_id = torch.from_numpy(classes == TokenClass.ITEM_ID).to(logprobs.device)
+            temperature = torch.where(is_id, config.id_temperature, config.temperature)
+            logprobs = torch.log_softmax(logprobs / temperature.unsqueeze(-1), dim=-1)
+        if config.uniform_share:
+            uniform = config.uniform_share / logprobs.shape[-1]
+            logprobs = torch.log((1 - config.uniform_share) * logprobs.exp() + uniform)
+        return logprobs
 
     def _scan(self, rollout: Rollout) -> Scan:
         pieces = self._text.pieces(rollout.token_ids)

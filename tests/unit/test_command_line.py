@@ -37,6 +37,10 @@ def test_help_shows_defaults_of_nested_and_inherited_keys(capsys):
     assert "  lam_schedule.initial=1.0 " in shown  # not the 0.0 of the class alone
     assert "  input=/dev/stdin " in shown
     assert "δ of the bounded form" in shown
+    main(["label", "--help"])
+    shown = capsys.readouterr().out
+    assert "directory of the labelled dataset" in shown  # not what `out` is elsewhere
+    assert "the key under which a run is found again" in shown
 
 
 def test_the_version_is_the_packages(capsys):
@@ -57,6 +61,9 @@ def test_the_version_is_the_packages(capsys):
         (["train", "--fast"], "--fast: no such flag"),
         (["train", "fast"], "'fast' is neither key=value nor a YAML file"),
         (["evaluate", "lam=1"], "MODEL is missing"),
+        (["label", "out=labelled"], "MODEL is missing"),
+        (["label", "model", "data.path=data"], "give out=DIR"),
+        (["label", "model", "out=x", "rollout.grammar=true", "rollout.backend=hf"], "backend=vllm"),
         (["data", "amazon"], "give meta=FILE"),
         (["data", "synthetic", "num_items=1"], "num_items"),
     ],

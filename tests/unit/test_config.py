@@ -124,6 +124,7 @@ def test_a_value_of_the_wrong_type_is_named_with_its_key(argument, key):
         ["student.warmstart.format_noise=1"],
         ["teacher.hidden_size=48"],
         ["rollout.num_workers=0"],
+        ["rollout.grammar=true", "rollout.backend=hf"],
         ["scoring.num_actors=0"],
         ["name=a/b"],
         ["name=.."],

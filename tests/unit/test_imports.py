@@ -28,6 +28,7 @@ def test_data_config_and_metrics_need_no_heavy_package():
             "listopd_ray.task.metrics",
             "listopd_ray.task.synthetic",
             "listopd_ray.checkpoint",
+            "listopd_ray.label",
         )
         == "[]"
     )

@@ -31,13 +31,14 @@ def make_learner(student_path, canary_ids):
 
 
 def make_teacher(teacher_path, base_path=None):
-    return Teacher(
+    teacher = Teacher(
         TeacherActorConfig(micro_batch_size=4),
         teacher_path=str(teacher_path),
-        base_path=str(base_path) if base_path else None,
         dtype="float32",
         device="cpu",
     )
+    teacher.use_base(str(base_path) if base_path else None)
+    return teacher
 
 
 @pytest.fixture(scope="module")

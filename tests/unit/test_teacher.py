@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import shutil
 
 import numpy as np
@@ -13,7 +14,7 @@ from listopd_ray.roles.hf_engine import HfEngine
 from listopd_ray.roles.rollout import Generated, Request
 from listopd_ray.roles.teacher import Teacher
 from listopd_ray.roles.weights import export_tensors, torch_tensors
-from listopd_ray.types import Weights
+from listopd_ray.types import TokenClass, Weights
 
 # Float32 through two layers, in a batch or alone.
 TOLERANCE = 1e-5
@@ -22,13 +23,14 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def make_teacher(teacher_path):
     def make(base_path=None, **settings):
-        return Teacher(
+        teacher = Teacher(
             TeacherActorConfig(**settings),
             teacher_path=str(teacher_path),
-            base_path=str(base_path) if base_path else None,
             dtype="float32",
             device="cpu",
         )
+        teacher.use_base(str(base_path) if base_path else None)
+        return teacher
 
     return make
 
@@ -301,3 +303,48 @@ def test_sampling_defaults_of_the_checkpoint_are_ignored(
         prompt = rollout.prompt.token_ids
         tokens = oracles.greedy(student_model, prompt, end_ids=(0,), max_new_tokens=7)
         assert completion.token_ids == tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "reshape"),
+    [
+        (dict(temperature=0.5), lambda row, is_id: row if is_id else 2 * row),
+        (dict(id_temperature=2.0), lambda row, is_id: row / 2 if is_id else row),
+        (dict(uniform_share=0.1), lambda row, _: np.log(0.9 * np.exp(row) + 0.1 / len(row))),
+    ],
+)
+def test_a_reshaped_teacher_scores_with_the_distribution_asked_for(
+    make_teacher, scored, expected, rollouts, settings, reshape
+):
+    reshaped = make_teacher(**settings).score(Generated(rollouts=rollouts, seconds=0.0))
+    for part, plain, (teacher, _) in zip(reshaped.rollouts, scored, expected, strict=True):
+        for t, token in enumerate(part.rollout.token_ids):
+            row = reshape(teacher[t], plain.token_classes[t] == TokenClass.ITEM_ID)
+            row = row - math.log(np.exp(row).sum())
+            assert part.teacher_logprobs[t] == pytest.approx(row[token], abs=TOLERANCE)
+            assert part.teacher_modal_logprobs[t] == pytest.approx(row.max(), abs=TOLERANCE)
+
+
+def test_the_start_up_gate_scores_with_the_checkpoint_as_it_is(
+    make_teacher, student_path, rollouts
+):
+    generated = Generated(rollouts=rollouts, seconds=0.0)
+    plain = make_teacher().score_with(str(student_path), generated)
+    reshaped = make_teacher(temperature=0.5, uniform_share=0.1)
+    for part, other in zip(
+        reshaped.score_with(str(student_path), generated).rollouts, plain.rollouts, strict=True
+    ):
+        assert np.array_equal(part.teacher_logprobs, other.teacher_logprobs)
+
+
+def test_the_base_can_be_changed_between_runs(make_teacher, base_path, student_path, rollouts):
+    generated = Generated(rollouts=rollouts, seconds=0.0)
+    teacher = make_teacher(student_path)
+    teacher.use_base(str(base_path))
+    changed = teacher.score(generated)
+    for part, other in zip(
+        changed.rollouts, make_teacher(base_path).score(generated).rollouts, strict=True
+    ):
+        assert np.array_equal(part.base_logprobs, other.base_logprobs)
+    teacher.use_base(None)
+    assert teacher.score(generated).rollouts[0].base_logprobs is None

@@ -1,0 +1,171 @@
+"""`listopd calibrate`: measure teacher and warm start before training, and predict λ*."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import rich
+from rich.table import Table
+
+from listopd_ray import __version__
+from listopd_ray.cliff.calibration import Masses, measure, pool, predict, scale_prediction
+from listopd_ray.cluster import Cluster, launch
+from listopd_ray.config import CalibrateConfig, Config, run_directory, with_values
+from listopd_ray.evaluate import judge_rollout
+from listopd_ray.job import teacher_evaluation
+from listopd_ray.prepare import Prepared, prepare
+from listopd_ray.task.metrics import evaluate_judged, evaluation_to_dict
+from listopd_ray.tracking import check_writable, replace_file
+from listopd_ray.types import ListopdError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a prediction rests on, of one warm start."""
+
+    masses: Masses
+    warm_start: dict[str, Any]  # evaluations, as in a summary
+    teacher: dict[str, Any]
+    hashes: dict[str, str]
+
+
+def calibrate_job(config: CalibrateConfig) -> dict[str, Any]:
+    """Write `<out>/<name>/prediction.json` and show it."""
+    file = run_directory(config) / "prediction.json"
+    if file.exists():
+        raise ListopdError(f"{file}: is there already; give another name=… or remove it")
+    check_writable(file.parent)
+    if config.from_:
+        prediction = stamp(scale_prediction(read_onset(config), config.clip))
+    else:
+        plain = with_values(config, {"cliff.measure": True})
+        prepared = prepare(plain)
+        with launch(plain, **prepared.cluster_arguments()) as cluster:
+            cluster.wait_until_ready()
+            measured = measure_run(plain, prepared, cluster)
+        prediction = make_prediction([measured], config.clip)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, json.dumps(prediction, indent=2) + "\n")
+    print_prediction(prediction)
+    print(f"prediction: {file}")
+    return prediction
+
+
+def measure_run(config: Config, prepared: Prepared, cluster: Cluster) -> Measured:
+    """Sample the warm start on the held-out prompts and score that with teacher and base."""
+    learner = cluster.start_learner(
+        config, prepared.student_path, prepared.base_path, prepared.canary_ids
+    )
+    workers = cluster.workers.with_seed(config.seed)
+    workers.load_weights(learner.publish_weights())
+    prompts = prepared.evaluation.prompts[: config.evaluation.num_prompts]
+    generated = workers.generate(prompts, "calibrate")
+    scored = cluster.teacher.fetch(cluster.teacher.score(generated))
+    judged = [
+        judge_rollout(rollout, prepared.text)
+        for part in workers.fetch(generated)
+        for rollout in part.rollouts
+    ]
+    return Measured(
+        masses=measure([rollout for part in scored for rollout in part.rollouts]),
+        warm_start=evaluation_to_dict(evaluate_judged(judged, prepared.evaluation.relevance)),
+        teacher=teacher_evaluation(config, prepared, cluster.teacher),
+        hashes=prepared.hashes,
+    )
+
+
+def make_prediction(measured: list[Measured], clip: float) -> dict[str, Any]:
+    """The a-priori prediction from one warm start, or from several (seeds) pooled."""
+    prediction = predict(
+        pool([m.masses for m in measured]),
+        clip=clip,
+        warm_start=_average([m.warm_start for m in measured]),
+        teacher=measured[0].teacher,
+    )
+    hashes = {name: sorted({m.hashes[name] for m in measured}) for name in measured[0].hashes}
+    return stamp(prediction | {"num_warm_starts": len(measured), "hashes": hashes})
+
+
+def stamp(prediction: dict[str, Any]) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return prediction | {"time": now, "version": __version__}
+
+
+def read_onset(config: CalibrateConfig) -> dict[str, Any]:
+    """The measured onset in a search's bracket.json or a study's verdict.json."""
+    assert config.from_ is not None
+    file = Path(config.from_)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ListopdError(f"{file}: {error.strerror}") from None
+    except ValueError:
+        raise ListopdError(f"{file}: not JSON") from None
+    if isinstance(content, dict) and "low" in content:
+        return content
+    tests = content.get("tests") if isinstance(content, dict) else None
+    if not isinstance(tests, list):
+        raise ListopdError(f"{file}: neither a bracket.json nor a verdict.json")
+    onsets = [
+        {**test, "low": test["measured_low"], "high": test["measured_high"]}
+        for test in tests
+        if test["kind"] == "apriori"
+        and test["measured_high"] is not None
+        and test["num_steps"] == config.num_steps
+        and config.from_clip in (None, test["clip"])
+    ]
+    if not onsets:
+        raise ListopdError(
+            f"{file}: no onset measured with num_steps={config.num_steps}"
+            + (f" and clip {config.from_clip:g}" if config.from_clip else "")
+        )
+    return min(onsets, key=lambda onset: abs(math.log(onset["clip"] / config.clip)))
+
+
+def print_prediction(prediction: dict[str, Any]) -> None:
+    """λ* in one line, the classes as a table, and what speaks against the prediction."""
+    if "classes" in prediction:
+        rich.print(_class_table(prediction))
+    if prediction["lambda_star"] is not None:
+        low, high = prediction["lambda_star_low"], prediction["lambda_star_high"]
+        binding = prediction.get("binding_class")
+        print(
+            f"λ* = {prediction['lambda_star']:.3f} [{low:.3f}, {high:.3f}] at c = "
+            f"{prediction['clip']:g}, {prediction['kind']}" + (f", {binding}" if binding else "")
+        )
+    for reason in prediction.get("out_of_scope", []):
+        print(f"out of scope: {reason}")
+
+
+def _class_table(prediction: dict[str, Any]) -> Table:
+    title = f"{prediction['num_outputs']} outputs on {prediction['num_prompts']} held-out prompts"
+    table = Table(title=title)
+    for column in ("class", "p (teacher)", "b (base)", "", "λ*", "clip exit", "runaway"):
+        table.add_column(column, justify="left" if column in ("class", "") else "right")
+    for name, row in prediction["classes"].items():
+        masses = [
+            f"{row[key]:.3f} [{row[f'{key}_interval'][0]:.3f}, {row[f'{key}_interval'][1]:.3f}]"
+            for key in ("teacher_mass", "base_mass")
+        ]
+        keys = ("lambda_star", "clip_exit", "runaway")
+        thresholds = ["–" if row.get(key) is None else f"{row[key]:.3f}" for key in keys]
+        table.add_row(name, *masses, row["kind"], *thresholds)
+    return table
+
+
+def _average(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds of what `predict` looks at; the interval is the widest of the seeds'."""
+    defined = [e for e in evaluations if e["ndcg_at_1"] is not None]
+    bounds = [e["ndcg_at_1_interval"] for e in defined]
+    return {
+        "parse_rate": sum(e["parse_rate"] for e in evaluations) / len(evaluations),
+        "ndcg_at_1": sum(e["ndcg_at_1"] for e in defined) / len(defined) if defined else None,
+        "ndcg_at_1_interval": [min(low for low, _ in bounds), max(high for _, high in bounds)]
+        if defined
+        else [None, None],
+    }

@@ -1,0 +1,1 @@
+"""The extrapolation cliff: where it lies and what follows from it."""

@@ -1,0 +1,223 @@
+"""λ* from measured masses: what teacher and warm start say on prefixes that the student visits.
+
+Masses are means over the positions of a token class on contract-valid prefixes (where `scan` gives
+the position a class): p, the teacher's mass on its own modal token, and b, the base's on that same
+token. The logit is taken of each mean. Intervals are percentiles of a bootstrap over prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from listopd_ray.cliff.threshold import (
+    calibrated_lambda_star,
+    clip_exit,
+    lambda_star,
+    reversed_onset,
+    runaway,
+)
+from listopd_ray.types import ListopdError, ScoredRollout, TokenClass
+
+CLASSES = (TokenClass.OPENING, TokenClass.ITEM_ID, TokenClass.SEPARATOR, TokenClass.CLOSING)
+UNUSED_ID = "unused_id"  # mass on any id not used yet: a second pair beside item_id's modal token
+NUM_RESAMPLES = 2000
+HEADROOM = (0.05, 0.95)  # strict parse of a warm start that a cliff can be seen from
+FLOOR_SHARE = 0.5  # a contract counts as broken below this share of its strict parse at λ = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masses:
+    """What was measured on P prompts, by class."""
+
+    sums: dict[str, np.ndarray]  # [P, 3]: positions, Σ teacher mass, Σ base mass of each prompt
+    per_output: dict[str, int]  # positions in an output; of the longest measured
+    num_outputs: int
+
+
+def measure(scored: Sequence[ScoredRollout]) -> Masses:
+    """Sums by class and prompt (in the order of prompt ids) of rollouts scored with a base."""
+    prompts = sorted({part.rollout.prompt.id for part in scored})
+    row_of = {prompt: row for row, prompt in enumerate(prompts)}
+    names = [token_class.name.lower() for token_class in CLASSES]
+    sums = {name: np.zeros((len(prompts), 3)) for name in (*names, UNUSED_ID)}
+    per_output = dict.fromkeys(sums, 0)
+
+    def add(name: str, row: int, pair: np.ndarray) -> None:
+        """The masses [2, n] of an output's n positions of a class."""
+        sums[name][row] += pair.shape[1], *pair.sum(axis=1)
+        per_output[name] = max(per_output[name], pair.shape[1])
+
+    for part in scored:
+        row = row_of[part.rollout.prompt.id]
+        assert part.base_modal_logprobs is not None and part.base_unused_mass is not None
+        pair = np.exp([part.teacher_modal_logprobs, part.base_modal_logprobs])  # [2, T]
+        for token_class, name in zip(CLASSES, names, strict=True):
+            add(name, row, pair[:, part.token_classes == token_class])
+        unused = np.stack([part.teacher_unused_mass, part.base_unused_mass])
+        add(UNUSED_ID, row, unused[:, ~np.isnan(unused[0])])
+    return Masses(sums=sums, per_output=per_output, num_outputs=len(scored))
+
+
+def pool(measured: Sequence[Masses]) -> Masses:
+    """Masses of several warm starts (seeds) on the same prompts as one."""
+    names = measured[0].sums
+    return Masses(
+        sums={name: np.sum([masses.sums[name] for masses in measured], axis=0) for name in names},
+        per_output={name: max(masses.per_output[name] for masses in measured) for name in names},
+        num_outputs=sum(masses.num_outputs for masses in measured),
+    )
+
+
+def predict(
+    masses: Masses,
+    *,
+    clip: float,
+    warm_start: Mapping[str, Any],
+    teacher: Mapping[str, Any],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The a-priori prediction as the object of `prediction.json`; infinities are None there.
+
+    `warm_start` and `teacher` are their evaluations as `evaluation_to_dict` gives them; they decide
+    whether the prediction is in scope. The binding class is the unresolved one (b < ½ and b ≤ p)
+    with the smallest λ*.
+    """
+    rng = np.random.default_rng(seed)
+    num_prompts = len(masses.sums[UNUSED_ID])
+    weights = rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), NUM_RESAMPLES)
+    classes = {
+        name: _class_row(sums, weights, clip, masses.per_output[name])
+        for name, sums in masses.sums.items()
+        if sums[:, 0].sum() > 0
+    }
+    unresolved = {
+        name: row
+        for name, row in classes.items()
+        if row["kind"] == "unresolved" and name != UNUSED_ID
+    }
+    binding = min(unresolved, key=lambda name: unresolved[name]["lambda_star"], default=None)
+    empty = dict.fromkeys(ROW_OF_BINDING)
+    chosen = classes[binding] if binding else empty
+    reasons = _out_of_scope(chosen if binding else None, classes, warm_start, teacher)
+    return {
+        "kind": "apriori",
+        **{name: _finite(chosen[name]) for name in ROW_OF_BINDING},
+        "binding_class": binding,
+        "clip": _finite(clip),
+        "in_scope": not reasons,
+        "out_of_scope": reasons,
+        "classes": {
+            name: {key: _finite(value) for key, value in row.items()}
+            for name, row in classes.items()
+        },
+        "num_prompts": num_prompts,
+        "num_outputs": masses.num_outputs,
+        "warm_start_parse_rate": warm_start["parse_rate"],
+        "teacher_parse_rate": teacher["parse_rate"],
+    }
+
+
+ROW_OF_BINDING = (
+    "lambda_star",
+    "lambda_star_low",
+    "lambda_star_high",
+    "clip_exit",
+    "runaway",
+    "teacher_mass",
+    "base_mass",
+)
+
+
+def scale_prediction(source: Mapping[str, Any], clip: float) -> dict[str, Any]:
+    """The calibrated prediction for `clip` from an onset interval measured at another clip.
+
+    `source` holds `low`, `high` (the interval's edges, λ), `clip` and `num_steps`. Each edge is
+    scaled by log c / log c₀ (one onset fixes Δ_eff); the prediction is the interval's middle. It
+    speaks of the same models and the same number of updates.
+    """
+    for key in ("low", "high", "clip"):
+        if not isinstance(source.get(key), int | float):
+            raise ListopdError(f"calibrated prediction: the onset's {key} is {source.get(key)}")
+    low, high, from_clip = source["low"], source["high"], source["clip"]
+    edges = [calibrated_lambda_star(edge, from_clip, clip) for edge in (low, high)]
+    return {
+        "kind": "calibrated",
+        "lambda_star": sum(edges) / 2,
+        "lambda_star_low": edges[0],
+        "lambda_star_high": edges[1],
+        "clip": clip,
+        "num_steps": source.get("num_steps"),
+        "from": {"clip": from_clip, "low": low, "high": high},
+    }
+
+
+def _class_row(
+    sums: np.ndarray, weights: np.ndarray, clip: float, per_output: int
+) -> dict[str, Any]:
+    """Masses, kind and thresholds of one class; `per_output`: its positions in an output."""
+    p, b = (float(sums[:, column].sum() / sums[:, 0].sum()) for column in (1, 2))
+    resampled = weights @ sums  # [resamples, 3]
+    resampled = resampled[resampled[:, 0] > 0]
+    draws = [tuple(row) for row in (resampled[:, 1:] / resampled[:, :1]).clip(0, 1)]
+    row: dict[str, Any] = {
+        "kind": "reversed" if p < b else "resolved" if b > 0.5 else "unresolved",
+        "teacher_mass": p,
+        "teacher_mass_interval": _interval([draw[0] for draw in draws]),
+        "base_mass": b,
+        "base_mass_interval": _interval([draw[1] for draw in draws]),
+        "num_positions": int(sums[:, 0].sum()),
+    }
+    if p < b:
+        # All its positions must hold: parsing goes as q to their number.
+        floor = FLOOR_SHARE * p**per_output
+        row["reversed_onset"] = reversed_onset(p, b, per_output, floor)
+        return row
+    row["lambda_star"] = lambda_star(p, b, clip)
+    stars = [lambda_star(tp, tb, clip) if tp > tb else math.inf for tp, tb in draws]
+    row["lambda_star_low"], row["lambda_star_high"] = _interval(stars)
+    row["clip_exit"], row["runaway"] = clip_exit(p, b, clip), runaway(p, b, clip)
+    return row
+
+
+def _out_of_scope(
+    binding: Mapping[str, Any] | None,
+    classes: Mapping[str, Mapping[str, Any]],
+    warm_start: Mapping[str, Any],
+    teacher: Mapping[str, Any],
+) -> list[str]:
+    reasons = []
+    if binding is None:
+        reasons.append("no unresolved class: the base prefers the teacher's token everywhere")
+    elif binding["lambda_star_high"] - binding["lambda_star_low"] > binding["lambda_star"] - 1:
+        reasons.append("the interval of λ* is wider than λ* − 1: measure on more prompts")
+    parse_rate = warm_start["parse_rate"]
+    if not HEADROOM[0] <= parse_rate <= HEADROOM[1]:
+        reasons.append(f"no headroom: {parse_rate:.0%} of the warm start's outputs parse")
+    better, worse = teacher["ndcg_at_1_interval"][0], warm_start["ndcg_at_1_interval"][1]
+    if better is not None and worse is not None and better <= worse:
+        reasons.append(
+            f"no knowledge gap: NDCG@1 of the teacher {teacher['ndcg_at_1']:.2f}, of the warm "
+            f"start {warm_start['ndcg_at_1']:.2f}"
+        )
+    onsets = {n: row["reversed_onset"] for n, row in classes.items() if "reversed_onset" in row}
+    for name, onset in onsets.items():
+        if name != UNUSED_ID and (binding is None or onset < binding["lambda_star"]):
+            reasons.append(f"{name} is reversed (p < b): parsing halves at λ = {onset:.2f} already")
+    return reasons
+
+
+def _interval(values: Sequence[float]) -> list[float]:
+    # Order statistics: an interpolation between infinities would be NaN.
+    low, high = np.quantile(values, [0.025, 0.975], method="nearest")
+    return [float(low), float(high)]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None

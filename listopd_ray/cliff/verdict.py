@@ -1,0 +1,170 @@
+"""Where a contract broke, and whether that was predicted. Pure functions of trials' results.
+
+Floor: half of the strict parse at λ = 1, same clip, seeds and budget. Onset: the smallest λ of the
+grid at which, and beyond which, the strict parse averaged over seeds is below the floor; its
+interval runs from the λ before it to it. A prediction is inside if it lies in that interval widened
+by half a grid step on each side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from listopd_ray.cliff.calibration import FLOOR_SHARE
+from listopd_ray.cliff.threshold import rescale_onset
+
+NUM_RESAMPLES = 2000
+TESTABLE_STEPS = 3  # a shift of the onset below so many grid steps cannot be told from none
+RANKING_SPREAD = 0.15  # NDCG@1 of parsed outputs may move by this much along a curve
+ENOUGH_PARSED = 0.05  # share of outputs that must parse for their NDCG to count
+
+
+def find_onset(
+    lams: Sequence[float], parse_rates: Sequence[float], floor: float
+) -> tuple[float, float]:
+    """(low, high] of the onset; high = ∞ where the grid's last λ still holds."""
+    below = [rate < floor for rate in parse_rates]
+    if not below[-1]:
+        return lams[-1], math.inf
+    first = max((index + 1 for index, is_below in enumerate(below) if not is_below), default=0)
+    if first == 0:
+        raise ValueError("parsing is below the floor at every λ, the one it is taken from included")
+    return lams[first - 1], lams[first]
+
+
+def measure_onset(trials: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+    """Onset of one curve from its trials (`lam`, `seed`, `parse_rate`, `num_prompts`, `ndcg_at_1`).
+
+    `onset_interval` is the 95 % range of the onset's λ in a bootstrap over seeds and, within a
+    trial, prompts. Raises ValueError where a λ lacks a seed or λ = 1 is missing.
+    """
+    lams = sorted({trial["lam"] for trial in trials})
+    seeds = sorted({trial["seed"] for trial in trials})
+    by_key = {(trial["seed"], trial["lam"]): trial for trial in trials}
+    missing = [(s, lam) for s in seeds for lam in lams if (s, lam) not in by_key]
+    if missing or not lams or lams[0] != 1.0:
+        raise ValueError(f"a curve needs λ = 1 and every seed at every λ; missing: {missing}")
+    rates = np.array([[by_key[s, lam]["parse_rate"] for lam in lams] for s in seeds])  # [S, L]
+    mean = rates.mean(axis=0)
+    floor = FLOOR_SHARE * mean[0]
+    low, high = find_onset(lams, mean, floor)
+    num_prompts = trials[0]["num_prompts"]
+    rng = np.random.default_rng(seed)
+    onsets = []
+    for _ in range(NUM_RESAMPLES):
+        drawn = rates[rng.integers(len(seeds), size=len(seeds))]
+        redrawn = (rng.binomial(num_prompts, drawn) / num_prompts).mean(axis=0)
+        if redrawn[0] > 0:
+            onsets.append(find_onset(lams, redrawn, FLOOR_SHARE * redrawn[0])[1])
+    interval = np.quantile(onsets, [0.025, 0.975], method="nearest")
+    own = {s: find_onset(lams, r, FLOOR_SHARE * r[0]) for s, r in zip(seeds, rates, strict=True)}
+    return {
+        "lams": lams,
+        "parse_rates": mean.tolist(),
+        "floor": float(floor),
+        "low": low,
+        "high": _finite(high),
+        "onset_interval": [_finite(float(edge)) for edge in interval],
+        "onset_by_seed": {str(s): [low, _finite(high)] for s, (low, high) in own.items()},
+        "num_seeds": len(seeds),
+        "shape": _shape(trials, lams, mean, high),
+    }
+
+
+def judge(
+    name: str, prediction: Mapping[str, Any], onset: Mapping[str, Any], step: float
+) -> dict[str, Any]:
+    """One entry of verdict.json's `tests`; `inside` is None, with `why`, where nothing is decided.
+
+    `prediction` has `kind`, `clip`, `num_steps`, `lambda_star` with `_low` and `_high`, and perhaps
+    `not_testable`. Numbers that do not exist are None.
+    """
+    predicted = prediction["lambda_star"]
+    low, high = onset["low"], onset["high"]
+    test = {
+        "name": name,
+        "kind": prediction["kind"],
+        "clip": prediction["clip"],
+        "num_steps": prediction["num_steps"],
+        "predicted": predicted,
+        "predicted_low": prediction["lambda_star_low"],
+        "predicted_high": prediction["lambda_star_high"],
+        "measured_low": low,
+        "measured_high": high,
+    }
+    if predicted is None:
+        return test | {"inside": None, "why": "nothing predicted"}
+    if prediction.get("not_testable"):
+        return test | {"inside": None, "why": prediction["not_testable"]}
+    if predicted < low - step / 2:
+        return test | {"inside": False}
+    if high is None:
+        return test | {"inside": None, "why": f"holds at every λ up to {low:g}"}
+    return test | {"inside": predicted <= high + step / 2}
+
+
+def budget_prediction(
+    apriori: Mapping[str, Any],
+    onset: Mapping[str, Any],
+    *,
+    num_steps: int,
+    to_steps: int,
+    step: float,
+) -> dict[str, Any]:
+    """The onset at `to_steps` updates from the one measured at `num_steps`, and the a-priori λ*.
+
+    λ* + (onset − λ*)·N/N′ for each edge; `not_testable` where the middle moves by less than three
+    grid steps.
+    """
+    star, edges = apriori["lambda_star"], [onset["low"], onset["high"]]
+    if star is None or None in edges:
+        missing = dict.fromkeys(("lambda_star", "lambda_star_low", "lambda_star_high"))
+        return {"kind": "budget", **missing, "not_testable": "no onset or λ* to start from"}
+    rescaled = [rescale_onset(star, edge, num_steps, to_steps) for edge in edges]
+    shift = abs(sum(edges) - sum(rescaled)) / 2
+    is_small = shift < TESTABLE_STEPS * step
+    why = f"not testable: a shift of {shift:.3f} is below {TESTABLE_STEPS} grid steps of {step:g}"
+    return {
+        "kind": "budget",
+        "lambda_star": sum(rescaled) / 2,
+        "lambda_star_low": min(rescaled),
+        "lambda_star_high": max(rescaled),
+        "not_testable": why if is_small else None,
+    }
+
+
+def _shape(
+    trials: Sequence[Mapping[str, Any]], lams: Sequence[float], mean: np.ndarray, high: float
+) -> dict[str, Any]:
+    """What a cliff looks like: half at the onset, a quarter a point later, ranking unmoved."""
+    shares = [float(rate / mean[0]) if mean[0] else None for rate in mean]
+    at = lams.index(high) if math.isfinite(high) else None
+    ndcg = {
+        lam: float(np.mean(values))
+        for lam in lams
+        if (
+            values := [
+                t["ndcg_at_1"]
+                for t in trials
+                if t["lam"] == lam
+                and t["parse_rate"] >= ENOUGH_PARSED
+                and t["ndcg_at_1"] is not None
+            ]
+        )
+    }
+    spread = max(abs(value - ndcg[1.0]) for value in ndcg.values()) if 1.0 in ndcg else None
+    after = at is not None and at + 1 < len(lams)
+    return {
+        "share_at_onset": shares[at] if at is not None else None,
+        "share_one_later": shares[at + 1] if at is not None and after else None,
+        "ndcg_at_1_spread": spread,
+        "ranking_unmoved": None if spread is None else spread <= RANKING_SPREAD,
+    }
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

@@ -1,0 +1,325 @@
+"""`listopd study`: curves of strict parse over λ, with predictions locked before their trials.
+
+    <out>/<name>/predictions/<curve>.json   the plan of a curve and what is predicted of it
+    <out>/<name>/trials/<curve>-lam…-s…/    one run; its summary carries the prediction's SHA-256
+    <out>/<name>/trials.jsonl               one line a trial: all that tables and figures rest on
+    <out>/<name>/verdict.json, study.md, *.svg
+
+The same command again continues: a trial is the unit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from listopd_ray.calibrate import Measured, make_prediction, print_prediction
+from listopd_ray.cliff.calibration import scale_prediction
+from listopd_ray.cliff.verdict import budget_prediction, judge, measure_onset
+from listopd_ray.cluster import ray_session
+from listopd_ray.config import Config, Curve, StudyConfig, dump_config, run_directory, with_values
+from listopd_ray.slots import Slots
+from listopd_ray.splits import data_directory
+from listopd_ray.study_report import write_report
+from listopd_ray.tracking import check_unchanged, check_writable, progress_bar, replace_file
+from listopd_ray.types import ListopdError
+from listopd_ray.warmstart import warm_start
+
+CRITERION = (
+    "floor: half of the strict parse at λ = 1, averaged over seeds; onset: the smallest λ at which "
+    "and beyond which it is below the floor; inside: λ* within the onset interval ± half a step"
+)
+ROW = ("lam", "clip", "extrapolation", "num_steps", "seed", "mean_lam", "seconds")
+ROW_OF_STUDENT = (
+    "parse_rate",
+    "parse_rate_interval",
+    "ndcg_at_1",
+    "ndcg_at_k",
+    "ndcg_at_k_all",
+    "num_prompts",
+    "reasons",
+)
+
+
+def study_job(config: StudyConfig) -> None:
+    """Run what is missing of every curve, then write verdict, table and figures."""
+    study = config.study
+    _check(config)
+    directory = run_directory(config)
+    (directory / "predictions").mkdir(parents=True, exist_ok=True)
+    replace_file(directory / "config.yaml", dump_config(config))
+    chosen = {n: c for n, c in study.curves.items() if n in study.only or not study.only}
+    failed = []
+    with ray_session():
+        for config_of_seed in _distinct_inputs(config, chosen):
+            for role in ("student", "teacher"):
+                warm_start(config_of_seed, role)  # the slots will hold the CPUs
+        with Slots(config, study.slots) as slots:
+            predictor = Predictor(config, slots)
+            for name, curve in chosen.items():
+                failed += run_curve(config, name, curve, slots, predictor)
+    rows = [row for name in study.curves for row in read_rows(config, name)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_file(directory / "trials.jsonl", lines)
+    write_report(directory, study_verdict(directory, rows), rows)
+    print(f"study: {directory}")
+    if failed:
+        raise ListopdError(
+            f"{len(failed)} trials failed, the first ({failed[0][0]}): {failed[0][1]}; "
+            "the same command again repeats them"
+        )
+
+
+def run_curve(
+    config: StudyConfig, name: str, curve: Curve, slots: Slots, predictor: Predictor
+) -> list[tuple[str, str]]:
+    """Lock what is predicted, run what is missing; (trial, error) of the trials that fail."""
+    plan = predictor.lock(name, curve)
+    trials = list(_trials(config, name, curve, plan["lams"]))
+    known = {} if _is_predicted(curve) else _finished_elsewhere(config, name)
+    missing = []
+    for trial in trials:
+        if (run_directory(trial) / "summary.json").exists():
+            check_unchanged(trial)
+        elif _identity(trial) not in known:
+            missing.append(trial)
+    missing.sort(key=lambda trial: trial.seed)  # a slot prepares once a seed
+    failed = []
+    bar = progress_bar(name, len(trials), initial=len(trials) - len(missing), unit="trial")
+    for trial, summary in slots.run(missing):
+        bar.update()
+        if "error" in summary:
+            failed.append((trial.name, summary["error"]))
+            bar.write(f"{trial.name}: failed: {summary['error']}")
+        else:
+            parse_rate, seconds = summary["student"]["parse_rate"], summary["seconds"]
+            bar.write(f"{trial.name}: strict parse {parse_rate:.3f}, {seconds:.0f} s")
+    bar.close()
+    return failed
+
+
+class Predictor:
+    """Writes the prediction file of a curve, once and before its first trial."""
+
+    def __init__(self, config: StudyConfig, slots: Slots) -> None:
+        self._config = config
+        self._slots = slots
+        self._measured: dict[str, list[Measured]] = {}
+
+    def lock(self, name: str, curve: Curve) -> dict[str, Any]:
+        """The plan of a curve: as locked, or locked now where something is predicted.
+
+        Raises ListopdError where a trial came before its prediction, where a trial carries another
+        one, and where the plan is not the one that was locked.
+        """
+        if not _is_predicted(curve):
+            return _plan(self._config, curve, curve.lams)
+        file = _prediction_file(self._config, name)
+        trials = run_directory(self._config) / "trials"
+        if not file.exists():
+            begun = sorted(path.name for path in trials.glob(f"{name}-lam*"))
+            if begun:
+                raise ListopdError(f"{file}: refused: {begun[0]} was begun before it")
+            replace_file(file, json.dumps(self._predict(name, curve), indent=2) + "\n")
+        locked = json.loads(file.read_text(encoding="utf-8"))
+        wanted = _plan(self._config, curve, curve.lams or locked["plan"]["lams"])
+        changed = [key for key in wanted if wanted[key] != locked["plan"].get(key)]
+        if changed:
+            raise ListopdError(f"{file}: locked with another {', '.join(changed)}")
+        digest = sha256(file)
+        for summary_file in sorted(trials.glob(f"{name}-lam*/summary.json")):
+            if json.loads(summary_file.read_text())["prediction_sha256"] != digest:
+                raise ListopdError(f"{summary_file}: was run under another prediction than {file}")
+        return locked["plan"]
+
+    def _predict(self, name: str, curve: Curve) -> dict[str, Any]:
+        first = next(_trials(self._config, name, curve, [1.0]))
+        seeds = _seeds(self._config, curve)
+        inputs = [
+            with_values(first, {"seed": seed, "clip": 2.0, "num_steps": 1, "prediction": None})
+            for seed in seeds
+        ]
+        key = repr([with_values(each, {"name": "measure"}) for each in inputs])
+        if key not in self._measured:
+            self._measured[key] = self._slots.measure(inputs)
+        apriori = make_prediction(self._measured[key], first.clip)
+        print(f"{name}:", end=" ")
+        print_prediction({k: v for k, v in apriori.items() if k != "classes"})
+        lams = curve.lams or grid(apriori["lambda_star"], curve)
+        also = []
+        if curve.calibrated_from:
+            source = self._onset_of(curve.calibrated_from)
+            if source["high"] is not None and source["num_steps"] == first.num_steps:
+                also.append(scale_prediction(source, first.clip))
+        if curve.budget_from:
+            source = self._onset_of(curve.budget_from)
+            steps = dict(num_steps=source["num_steps"], to_steps=first.num_steps)
+            also.append(budget_prediction(apriori, source, **steps, step=curve.step))
+        common = {"clip": first.clip, "num_steps": first.num_steps}
+        return {
+            **apriori,
+            **common,
+            "plan": _plan(self._config, curve, lams),
+            "also": [{**prediction, **common} for prediction in also],
+        }
+
+    def _onset_of(self, name: str) -> dict[str, Any]:
+        rows = read_rows(self._config, name)
+        if not rows:
+            raise ListopdError(f"study.curves.{name}: run it before the curve that it predicts")
+        onset = measure_onset(rows)
+        return onset | {"clip": rows[0]["clip"], "num_steps": rows[0]["num_steps"]}
+
+
+def grid(lambda_star: float | None, curve: Curve) -> list[float]:
+    """λ = 1 and `points` multiples of `step`, of which the first lies one to two below λ*."""
+    if lambda_star is None:
+        raise ListopdError("no λ* is predicted, so give the curve's lams")
+    first = max(2, math.floor((lambda_star - 1) / curve.step))  # steps above 1, of the next point
+    return [1.0] + [round(1 + (first - 1 + n) * curve.step, 6) for n in range(curve.points)]
+
+
+def study_verdict(directory: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """`tests` and the onset of every whole curve, from predictions and trials on disk."""
+    tests, curves = [], {}
+    for name in dict.fromkeys(row["curve"] for row in rows):
+        of_curve = [row for row in rows if row["curve"] == name]
+        try:
+            curves[name] = measure_onset(of_curve)
+        except ValueError:
+            continue  # not whole, or not a curve over λ
+        file = directory / "predictions" / f"{name}.json"
+        if file.exists():
+            locked = json.loads(file.read_text(encoding="utf-8"))
+            step = locked["plan"]["step"]
+            tests += [
+                judge(f"{name} {prediction['kind']}", prediction, curves[name], step)
+                | {"prediction_sha256": sha256(file)}
+                for prediction in (locked, *locked["also"])
+            ]
+    return {"criterion": CRITERION, "tests": tests, "curves": curves}
+
+
+def read_rows(config: StudyConfig, name: str) -> list[dict[str, Any]]:
+    """One row a finished trial of a curve."""
+    curve = config.study.curves[name]
+    file = _prediction_file(config, name)
+    lams = curve.lams
+    if not lams and file.exists():
+        lams = json.loads(file.read_text(encoding="utf-8"))["plan"]["lams"]
+    known = {} if _is_predicted(curve) else _finished_elsewhere(config, name)
+    rows = []
+    for trial in _trials(config, name, curve, lams):
+        own = run_directory(trial) / "summary.json"
+        summary_file = own if own.exists() else known.get(_identity(trial))
+        if summary_file is None:
+            continue
+        summary = json.loads(summary_file.read_text(encoding="utf-8"))
+        student = {key: summary["student"][key] for key in ROW_OF_STUDENT}
+        digest = {"prediction_sha256": summary["prediction_sha256"]}
+        rows.append({"curve": name, **{key: summary[key] for key in ROW}, **student, **digest})
+    return rows
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _trials(config: StudyConfig, name: str, curve: Curve, lams: list[float]) -> Iterator[Config]:
+    """The runs of a curve. At λ = 1 every form of the update is the plain one."""
+    shared = {
+        "out": str(run_directory(config) / "trials"),
+        "cliff.measure": True,
+        "prediction": str(_prediction_file(config, name)) if _is_predicted(curve) else None,
+    }
+    form = ("extrapolation", "delta", "governor")
+    plain = {key: value for key, value in curve.set.items() if not key.startswith(form)}
+    for seed in _seeds(config, curve):
+        for lam in lams:
+            values = {**shared, **(plain if lam == 1.0 else curve.set), "seed": seed, "lam": lam}
+            yield with_values(config, {**values, "name": f"{name}-lam{lam:g}-s{seed}"})
+
+
+def _finished_elsewhere(config: StudyConfig, name: str) -> dict[str, Path]:
+    """Summaries of the other curves' trials by identity: the same run is not repeated."""
+    finished = {}
+    for other, curve in config.study.curves.items():
+        file = _prediction_file(config, other)
+        lams = curve.lams or (json.loads(file.read_text())["plan"]["lams"] if file.exists() else [])
+        for trial in _trials(config, other, curve, lams) if other != name else ():
+            summary = run_directory(trial) / "summary.json"
+            if summary.exists():
+                finished[_identity(trial)] = summary
+    return finished
+
+
+def _identity(trial: Config) -> str:
+    return dump_config(with_values(trial, {"name": "trial", "prediction": None}))
+
+
+def _distinct_inputs(config: StudyConfig, curves: dict[str, Curve]) -> Iterator[Config]:
+    """A run of every seed and every model that the curves ask for."""
+    seen = set()
+    for name, curve in curves.items():
+        for trial in _trials(config, name, curve, [1.0]):
+            key = repr((trial.seed, trial.data, trial.task, trial.student, trial.teacher))
+            if key not in seen:
+                seen.add(key)
+                yield trial
+
+
+def _plan(config: StudyConfig, curve: Curve, lams: list[float]) -> dict[str, Any]:
+    run = next(_trials(config, "plan", curve, [1.0]))
+    return {
+        "lams": lams,
+        "step": curve.step,
+        "seeds": _seeds(config, curve),
+        "num_steps": run.num_steps,
+        "samples_per_update": run.num_prompts * run.group_size,
+        "evaluation_prompts": run.evaluation.num_prompts,
+        "set": dict(curve.set),
+        "criterion": CRITERION,
+    }
+
+
+def _seeds(config: StudyConfig, curve: Curve) -> list[int]:
+    return curve.seeds if curve.seeds is not None else config.study.seeds
+
+
+def _is_predicted(curve: Curve) -> bool:
+    return curve.judge or not curve.lams
+
+
+def _prediction_file(config: StudyConfig, name: str) -> Path:
+    return run_directory(config) / "predictions" / f"{name}.json"
+
+
+def _check(config: StudyConfig) -> None:
+    study = config.study
+    data_directory(config)
+    check_writable(run_directory(config))
+    if not study.curves:
+        raise ListopdError("study.curves: give at least one (see conf/study.yaml)")
+    unknown = [name for name in study.only if name not in study.curves]
+    if unknown:
+        raise ListopdError(f"study.only: no curve '{unknown[0]}'")
+    before: set[str] = set()
+    for name, curve in study.curves.items():
+        key = f"study.curves.{name}"
+        for source in (curve.calibrated_from, curve.budget_from):
+            if source is not None and source not in before:
+                raise ListopdError(f"{key}: '{source}' is no earlier curve")
+        if curve.lams and curve.judge and curve.lams[0] != 1.0:
+            raise ListopdError(f"{key}.lams: must begin with 1, where the floor is taken")
+        if curve.lams != sorted(set(curve.lams)):
+            raise ListopdError(f"{key}.lams: must rise")
+        if not _seeds(config, curve):
+            raise ListopdError(f"{key}.seeds: give at least one")
+        if not (curve.step > 0 and curve.points >= 1):
+            raise ListopdError(f"{key}: step must be > 0 and points ≥ 1")
+        next(_trials(config, name, curve, [1.0]))  # the keys it sets
+        before.add(name)
