@@ -25,6 +25,7 @@ AT_LEAST_ONE = (
         for role in ("student", "teacher")
         for key in ("num_layers", "hidden_size", "intermediate_size", "warmstart.batch_size")
     ),
+    "alarm.patience",
     "num_prompts",
     "group_size",
     "num_steps",
@@ -163,6 +164,24 @@ class CliffConfig:
 
 
 @dataclass(frozen=True)
+class GovernorConfig:
+    on: bool = False  # cap λ at 1 + (1 − margin)·(λ* − 1); `lam: auto` is on too
+    margin: float = 0.2  # share of λ* − 1 that is kept as a distance
+    decay: float = 0.9  # weight that the averages of p, b and q keep per step
+
+
+@dataclass(frozen=True)
+class AlarmConfig:
+    """On a collapse of the contract. All actions are recorded in events.jsonl."""
+
+    action: Literal["warn", "stop", "rollback"] = "warn"  # warn | stop | rollback
+    parse_share: float = 0.5  # of the best strict parse so far: below it outputs have collapsed
+    patience: int = 3  # updates in a row
+    backoff: float = 0.5  # rollback: share of λ − 1 that is kept
+    max_rollbacks: int = 3  # then stop
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     wandb: bool = True  # offline unless WANDB_MODE or WANDB_API_KEY say otherwise
     project: str = "listopd"  # in W&B
@@ -178,7 +197,7 @@ class Config:
     seed: int = 0  # warm start, prompt order, sampling
     device: Literal["cpu", "cuda"] = "cpu"  # cpu | cuda
 
-    lam: float = 1.0  # λ
+    lam: int | float | str = 1.0  # λ; auto: as high as the governor allows
     lam_schedule: Schedule = field(default_factory=lambda: Schedule(initial=1.0, final=1.0))
     clip: float = 2.0  # c; .inf: no clip
     prediction: str | None = None  # prediction.json of `listopd calibrate`
@@ -207,6 +226,8 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cliff: CliffConfig = field(default_factory=CliffConfig)
+    governor: GovernorConfig = field(default_factory=GovernorConfig)
+    alarm: AlarmConfig = field(default_factory=AlarmConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
@@ -248,6 +269,7 @@ class StudyConfig(Config):
 
 
 NOT_NEGATIVE = (
+    "alarm.max_rollbacks",
     "seed",
     "lam_schedule.initial",
     "lam_schedule.final",
@@ -336,11 +358,13 @@ def schedule_value(schedule: Schedule, target: float, step: int, num_steps: int)
 
 def needs_base(config: Config) -> bool:
     """Whether some step extrapolates (λ ≠ 1), or the diagnostics ask for the base."""
-    lams = [
+    if config.cliff.measure or isinstance(config.lam, str):
+        return True
+    lams = (
         schedule_value(config.lam_schedule, config.lam, step, config.num_steps)
         for step in range(config.num_steps)
-    ]
-    return config.cliff.measure or any(lam != 1.0 for lam in lams)
+    )
+    return any(lam != 1.0 for lam in lams)
 
 
 def _first_line(error: OmegaConfBaseException) -> str:
@@ -354,7 +378,15 @@ def _validate(config: Config) -> None:
         if not holds:
             raise ListopdError(f"{key}: {rule}")
 
-    require(math.isfinite(config.lam) and config.lam >= 0, "lam", "λ must be finite and ≥ 0")
+    if isinstance(config.lam, str):
+        require(config.lam == "auto", "lam", "must be a number or auto")
+        constant = config.lam_schedule.kind == "constant"
+        require(constant, "lam", "auto needs lam_schedule.kind=constant")
+        require(math.isfinite(config.clip), "lam", "auto needs a finite clip")
+    else:
+        require(math.isfinite(config.lam) and config.lam >= 0, "lam", "λ must be finite and ≥ 0")
+    for key in ("governor.margin", "governor.decay", "alarm.backoff", "alarm.parse_share"):
+        require(0 <= attrgetter(key)(config) < 1, key, "must lie in [0, 1)")
     require(config.clip > 1, "clip", "c must be > 1 (.inf for no clip)")
     require(0 <= config.delta <= 1, "delta", "δ must lie in [0, 1]")
     for key in ("temperature", "id_temperature"):

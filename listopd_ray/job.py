@@ -192,7 +192,7 @@ def print_table(summaries: dict[str, list[dict[str, Any]]]) -> None:
     for runs in summaries.values():
         s = runs[0]
         bounded = ", bounded" if s["extrapolation"] == "bounded" else ""
-        rows[f"λ = {s['lam']:g}{bounded}"] = [run["student"] for run in runs]
+        rows[f"λ = {s['lam']}{bounded}"] = [run["student"] for run in runs]
     num_prompts = first[0]["student"]["num_prompts"]
     clip, num_seeds = first[0]["clip"] or math.inf, len(first)
     spread = "95 % interval" if num_seeds == 1 else f"mean [range] of {num_seeds} seeds"
@@ -239,7 +239,7 @@ tags: [on-policy-distillation, listwise-ranking]
 # {config.name}
 
 Ranks the items of a list and answers `{{"ranking": [3, 1, …]}}`, best first. Distilled on-policy
-by listopd_ray {__version__}: λ = {config.lam:g} ({config.extrapolation}), c = {config.clip:g},
+by listopd_ray {__version__}: λ = {config.lam} ({config.extrapolation}), c = {config.clip:g},
 {config.num_steps} updates of {config.num_prompts * config.group_size} samples, seed {config.seed}.
 
 | {summary["student"]["num_prompts"]} held-out prompts, T = 1 | warm start | this model |

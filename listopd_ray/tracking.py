@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from listopd_ray.checkpoint import Saves, restore_latest, save_checkpoint
+from listopd_ray.checkpoint import Saves, drop_unhealthy, restore_latest, save_checkpoint
 from listopd_ray.config import Config, dump_config, load_config, run_directory
 from listopd_ray.types import Judged, ListopdError
 
@@ -73,9 +73,31 @@ class Run:
             _truncate(self.directory / name, state["step"] if state else -1)
         return state
 
-    def save(self, step: int, learner: Saves, state: dict[str, Any]) -> None:
-        root = self.directory / "checkpoints"
-        save_checkpoint(root, step, learner, state, keep=self._config.checkpoint.keep)
+    def save(self, step: int, learner: Saves, state: dict[str, Any], *, healthy: bool) -> None:
+        root, keep = self.directory / "checkpoints", self._config.checkpoint.keep
+        save_checkpoint(root, step, learner, state, keep=keep, healthy=healthy)
+
+    def roll_back(self, learner: Saves) -> dict[str, Any]:
+        """`restore` from the newest checkpoint that was healthy; later ones are removed."""
+        drop_unhealthy(self.directory / "checkpoints")
+        state = self.restore(learner)
+        assert state is not None and state["healthy"]  # one is written before the first update
+        return state
+
+    def record(self, event: dict[str, Any]) -> str:
+        """Write an alarm to events.jsonl and standard error; its action. Raises on `stop`."""
+        _append(self.directory / "events.jsonl", [event])
+        line = f"{self._config.name}: update {event['step']}: alarm: {event['reason']}"
+        if event["action"] == "stop":
+            raise ListopdError(f"{line}; stopped at λ = {event['lam']:.3g}")
+        tqdm.write(f"{line}; {event['action']}", file=sys.stderr)
+        return event["action"]
+
+    def num_rollbacks(self) -> int:
+        """How many this run has behind it."""
+        file = self.directory / "events.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        return sum(json.loads(line)["action"] == "rollback" for line in lines)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics after `step` updates: a line of metrics.jsonl and a W&B row."""

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from listopd_ray.config import Config, schedule_value
 from listopd_ray.evaluate import Sampler, evaluate, judge_rollout
 from listopd_ray.roles.rollout import Generated
+from listopd_ray.steering import Steering
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import PromptStream
 from listopd_ray.tracking import Run, evaluation_metrics, progress_bar
@@ -57,11 +58,19 @@ def train(
     With `max_staleness=1` the next batch is sampled while the learner works on this one.
     """
     prompts = PromptStream(data.train.prompts, config.seed)
-    state = run.restore(learner)
-    step, results = (state["step"], state["results"]) if state else (0, {})
-    if state:
+    steering = Steering(config, run.num_rollbacks())
+    step, results = 0, dict[str, Any]()
+
+    def take_up(state: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Go on from a checkpoint, which is in the learner already."""
         prompts.restore(state["prompts"])
-    workers.load_weights(learner.publish_weights())
+        steering.restore(state["steering"])
+        workers.load_weights(learner.publish_weights())
+        return state["step"], state["results"]
+
+    def keep(cursor: dict[str, Any]) -> None:
+        state = {"prompts": cursor, "results": results, "steering": steering.state()}
+        run.save(step, learner, state, healthy=steering.healthy)
 
     def sample(at: int) -> list[Any]:
         batch = prompts.take(config.num_prompts)
@@ -73,11 +82,16 @@ def train(
         run.keep_samples(step, judged)
         return result, evaluation_metrics(result)
 
-    if not state:
+    if state := run.restore(learner):
+        step, results = take_up(state)
+    else:
+        workers.load_weights(learner.publish_weights())
         trial = workers.generate(data.train.prompts[:GATE_PROMPTS], "gate")
         gate = learner.check_scores(teacher.score_with(data.student_path, trial))
         results["warm_start"], metrics = assess()
         run.log(0, gate | metrics)
+        if config.alarm.action == "rollback":
+            keep(prompts.state())
 
     bar = progress_bar(config.name, config.num_steps, initial=step)
     rollouts = sample(step) if step < config.num_steps else []
@@ -88,7 +102,7 @@ def train(
         # Nothing is sampled ahead over a checkpoint: a resumed run could not sample it again.
         overlaps = config.max_staleness > 0 and not is_last and not saves
         upcoming = sample(step + 1) if overlaps else []
-        lam = schedule_value(config.lam_schedule, config.lam, step, config.num_steps)
+        lam = steering.lam(step)
         lr = schedule_value(config.lr_schedule, config.lr, step, config.num_steps)
         metrics = {"train/lam": lam, "train/lr": lr}
         metrics |= contract_metrics(workers.fetch(rollouts), data.text)
@@ -102,11 +116,16 @@ def train(
         if is_last or _due(step, config.evaluation.every):
             results["student"], evaluated = assess()
             metrics |= evaluated
+        metrics |= steering.observe(metrics, lam)
         run.log(step, metrics)
         show_progress(bar, metrics)
         if is_last or saves:
-            run.save(step, learner, {"prompts": cursor, "results": results})
-        rollouts = upcoming or ([] if is_last else sample(step))
+            keep(cursor)
+        if (event := steering.event(step, lam)) and run.record(event) == "rollback":
+            step, results = take_up(run.roll_back(learner))
+            bar.update(step - bar.n)
+            upcoming = []
+        rollouts = upcoming or (sample(step) if step < config.num_steps else [])
     bar.close()
     return results
 

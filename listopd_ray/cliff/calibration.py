@@ -55,10 +55,11 @@ def measure(scored: Sequence[ScoredRollout]) -> Masses:
     for part in scored:
         row = row_of[part.rollout.prompt.id]
         assert part.base_modal_logprobs is not None and part.base_unused_mass is not None
-        pair = np.exp([part.teacher_modal_logprobs, part.base_modal_logprobs])  # [2, T]
+        logprobs = np.array([part.teacher_modal_logprobs, part.base_modal_logprobs])  # [2, T]
+        pair = np.exp(logprobs.clip(max=0.0).astype(np.float64))  # rounded above 1 is still 1
         for token_class, name in zip(CLASSES, names, strict=True):
             add(name, row, pair[:, part.token_classes == token_class])
-        unused = np.stack([part.teacher_unused_mass, part.base_unused_mass])
+        unused = np.array([part.teacher_unused_mass, part.base_unused_mass]).clip(max=1.0)
         add(UNUSED_ID, row, unused[:, ~np.isnan(unused[0])])
     return Masses(sums=sums, per_output=per_output, num_outputs=len(scored))
 

@@ -215,6 +215,7 @@ def _concatenate(rollouts: Sequence[ScoredRollout], field: str) -> np.ndarray:
 def _metrics(columns: dict[str, np.ndarray], clip: float) -> dict[str, float]:
     """Scalars of one update from its per-token columns."""
     gap = columns["teacher"] - columns["learner"]
+    is_clipped = np.abs(gap) >= math.log(clip)
     mismatch = columns["learner"] - columns["sampler"]
     ratio = np.exp(mismatch)
     metrics: dict[str, Any] = {
@@ -223,9 +224,9 @@ def _metrics(columns: dict[str, np.ndarray], clip: float) -> dict[str, float]:
         "kl/reverse": -gap.mean(),
         "kl/mismatch": -mismatch.mean(),
         "kl/mismatch_max": np.abs(mismatch).max(),
-        "loss/clip_fraction": (np.abs(gap) >= math.log(clip)).mean(),
+        "loss/clip_fraction": is_clipped.mean(),
         "loss/importance_ratio_max": ratio.max(),
-        "loss/effective_sample_size": ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()),
+        "loss/effective_sample_size": _effective_sample_size(ratio),
     }
     # p, b and q of the theory: mass on the teacher's modal token, by contract class.
     owners = {"teacher": "teacher_modal", "base": "base_modal", "student": "student_modal"}
@@ -233,12 +234,19 @@ def _metrics(columns: dict[str, np.ndarray], clip: float) -> dict[str, float]:
         where = columns["token_class"] == token_class
         if token_class == TokenClass.STRAY or not where.any():
             continue
+        name = token_class.name.lower()
+        metrics[f"loss/clip_fraction_{name}"] = is_clipped[where].mean()
+        metrics[f"loss/effective_sample_size_{name}"] = _effective_sample_size(ratio[where])
         for owner, column in owners.items():
             if column in columns:
-                mass = np.exp(columns[column][where]).mean()
-                metrics[f"cliff/{owner}_mass_{token_class.name.lower()}"] = mass
+                metrics[f"cliff/{owner}_mass_{name}"] = np.exp(columns[column][where]).mean()
     for owner in ("teacher", "base"):
         unused = columns.get(f"{owner}_unused")
         if unused is not None and not np.isnan(unused).all():
             metrics[f"cliff/{owner}_unused_mass"] = np.nanmean(unused)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _effective_sample_size(ratio: np.ndarray) -> float:
+    """(Σ r)² / Σ r², as a share of the number of tokens."""
+    return ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum())

@@ -66,6 +66,14 @@ def test_the_training_average_rings_exactly_when_it_was_low_for_patience_steps()
     assert first_ring(Alarm(clip=2.0, parse_share=0.3), steps)[0] == 200 + 4 + 2
 
 
+def test_the_best_parse_rate_is_of_the_average_not_of_a_lucky_batch():
+    steps = [training(0.5)] * 50 + [training(1.0)] + [training(0.0)] * 9
+    # The best is 0.5 + 0.3·0.5 = 0.65; 0.65·0.7^k is below half of it from k = 2 on.
+    step, reason = first_ring(Alarm(clip=2.0), steps)
+    assert step == 51 + 2 + 2
+    assert "best was 0.650" in reason
+
+
 def test_a_dip_shorter_than_patience_is_forgotten():
     dip = [training(0.8)] * 20 + [training(0.0)] * 2 + [training(0.8)] * 3
     assert first_ring(Alarm(clip=2.0), dip * 3) is None

@@ -77,7 +77,7 @@ def settle(p, b, *, rate=2.0, num_steps=3000, **options):
     """Modal mass [N] at which students that start at the base come to rest."""
     teacher, base = (two_classes(torch.logit(column(mass))) for mass in (p, b))
     start = torch.logit(column(b))
-    # With contraction rates of at least 0.005 a step, rest is then within 2e-5 in log-odds.
+    # Contracting by at least 0.0035 an update, they are then within 3e-5 of it in log-odds.
     steps = descend(start, teacher, base, rate=rate, num_steps=num_steps, still=1e-7, **options)
     return last(steps).sigmoid().tolist()
 
@@ -123,7 +123,7 @@ def test_one_weighted_call_is_the_mean_over_the_vocabulary():
     assert gradient.flatten().tolist() == pytest.approx(mean_gradient.flatten().tolist(), abs=1e-12)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(pb=positions(), clip=st.floats(1.2, 5.0), share=shares)
 def test_below_the_clip_exit_positions_come_to_rest_at_the_unclipped_fixed_point(pb, clip, share):
     p, b = pb
@@ -132,8 +132,8 @@ def test_below_the_clip_exit_positions_come_to_rest_at_the_unclipped_fixed_point
     assert settle(p, b, lam=lam, clip=clip) == pytest.approx(expected, abs=1e-5)
 
 
-@settings(deadline=None, max_examples=50)
-@given(p=st.floats(0.1, 0.8), gap=gaps, clip=st.floats(1.3, 3.0), share=st.floats(0.05, 0.7))
+@settings(deadline=None, max_examples=25)
+@given(p=st.floats(0.1, 0.75), gap=gaps, clip=st.floats(1.3, 3.0), share=st.floats(0.05, 0.5))
 def test_between_exit_and_runaway_a_position_comes_to_rest_at_its_settled_mass(p, gap, clip, share):
     b = 1 / (1 + math.exp(gap - logit(p)))
     leaves, runs = clip_exit(p, b, clip), runaway(p, b, clip)
@@ -141,6 +141,7 @@ def test_between_exit_and_runaway_a_position_comes_to_rest_at_its_settled_mass(p
     expected = settled_mass(p, b, clip, lam)
     assert expected < 1
     (found,) = settle([p], [b], lam=lam, clip=clip)
+    # The slowest, q = 0.957, contracts by 0.0035 an update.
     assert found == pytest.approx(expected, abs=1e-4)
 
 
@@ -154,7 +155,7 @@ def test_the_clip_moves_the_point_of_rest_away_from_the_unclipped_one(p, b, lam)
     assert abs(found - fixed_point(p, b, lam)) > 0.005
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(pb=positions(highest=0.95), clip=st.floats(1.2, 5.0), above=st.floats(0.05, 2.0))
 def test_above_the_runaway_the_tail_never_stops_shrinking(pb, clip, above):
     """`above` × log c of net drive is left when every ratio has saturated."""
@@ -224,7 +225,7 @@ def test_onset_moves_towards_the_threshold_as_the_budget_law_says():
         assert predicted - star == pytest.approx(distance, rel=0.01)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(
     pb=positions(highest=0.95),
     clip=st.floats(1.2, 5.0),
@@ -262,7 +263,7 @@ def test_bounded_with_too_small_a_delta_runs_away(delta, settles):
         assert late < 0.35 * early
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(pb=positions(), clip=st.floats(1.2, 5.0), share=shares)
 def test_a_teacher_below_the_base_drags_the_student_past_it(pb, clip, share):
     p, b = ([1 - mass for mass in column] for column in pb)  # p < b

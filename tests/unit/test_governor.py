@@ -115,6 +115,7 @@ def test_the_binding_class_is_the_unresolved_one_with_the_smallest_lambda_star()
     )
     assert measured.binding_class == "item_id"
     assert metrics["cliff/lambda_star"] == pytest.approx(ITEM_STAR, rel=1e-12)
+    assert measured.working_lam(5.0) == pytest.approx(1 + 0.9 * (ITEM_STAR - 1), rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,99 @@
+"""What keeps a run below the cliff: the governor chooses λ, the alarm acts on a collapse."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from listopd_ray.cliff.alarm import Alarm
+from listopd_ray.cliff.governor import Governor
+from listopd_ray.config import Config, schedule_value
+from listopd_ray.types import ListopdError
+
+
+class Steering:
+    """Governor and alarm of one run. `num_rollbacks` are those that the run has behind it."""
+
+    def __init__(self, config: Config, num_rollbacks: int) -> None:
+        self._config = config
+        self._num_rollbacks = num_rollbacks
+        self._governor = Governor(
+            clip=config.clip,
+            margin=config.governor.margin,
+            decay=config.governor.decay,
+            caps=config.governor.on or config.lam == "auto",
+            lambda_star=read_prediction(config).get("lambda_star") if config.prediction else None,
+        )
+        self._alarm = Alarm(
+            clip=config.clip,
+            parse_share=config.alarm.parse_share,
+            patience=config.alarm.patience,
+        )
+        self._reason: str | None = None
+        self._warned = False
+
+    @property
+    def healthy(self) -> bool:
+        return self._alarm.healthy
+
+    def lam(self, step: int) -> float:
+        """λ of the update `step`: as asked for, capped by the governor, lowered by roll-backs."""
+        config = self._config
+        asked = math.inf if config.lam == "auto" else float(config.lam)
+        scheduled = schedule_value(config.lam_schedule, asked, step, config.num_steps)
+        lam = self._governor.working_lam(scheduled)
+        if not self._num_rollbacks:
+            return lam
+        return 1.0 + (lam - 1.0) * config.alarm.backoff**self._num_rollbacks
+
+    def observe(self, metrics: dict[str, float], lam: float) -> dict[str, float]:
+        """Take in the metrics of an update made with `lam`; returns the governor's own."""
+        seen = self._governor.update(metrics, lam)
+        self._reason = self._alarm.check(metrics, self._governor.binding_class)
+        return seen
+
+    def event(self, step: int, lam: float) -> dict[str, Any] | None:
+        """What to record after `step` updates if the alarm rings; its `action` is to be taken.
+
+        A warning is given once, until outputs are healthy again. Past `alarm.max_rollbacks` the
+        action is to stop.
+        """
+        if self._reason is None:
+            self._warned = self._warned and not self._alarm.healthy
+            return None
+        action: str = self._config.alarm.action
+        if action == "warn" and self._warned:
+            return None
+        self._warned = True
+        if action == "rollback" and self._num_rollbacks >= self._config.alarm.max_rollbacks:
+            action = "stop"
+        self._num_rollbacks += action == "rollback"
+        return {"step": step, "action": action, "reason": self._reason, "lam": lam}
+
+    def state(self) -> dict[str, Any]:
+        return {"governor": self._governor.state(), "alarm": self._alarm.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._governor.restore(state["governor"])
+        self._alarm.restore(state["alarm"])
+        self._reason, self._warned = None, False
+
+
+def read_prediction(config: Config) -> dict[str, Any]:
+    """The prediction file of a run; raises ListopdError where it is none or of another clip."""
+    file = Path(config.prediction or "")
+    try:
+        prediction = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ListopdError(f"prediction: {file}: {error.strerror}") from None
+    except ValueError:
+        raise ListopdError(f"prediction: {file}: not JSON") from None
+    if not isinstance(prediction, dict) or "lambda_star" not in prediction:
+        raise ListopdError(f"prediction: {file}: no prediction.json of `listopd calibrate`")
+    if prediction["clip"] != config.clip:
+        raise ListopdError(
+            f"prediction: {file}: is for c = {prediction['clip']}, the run has c = {config.clip:g}"
+        )
+    return prediction

@@ -1,0 +1,200 @@
+import math
+
+import numpy as np
+import pytest
+from fakes import make_rollout
+
+from listopd_ray.cliff.calibration import UNUSED_ID, measure, pool, predict, scale_prediction
+from listopd_ray.types import ListopdError, ScoredRollout, TokenClass
+
+# Opening, id, separator, id, closing, end: an output of two items.
+CLASSES = [
+    TokenClass.OPENING,
+    TokenClass.ITEM_ID,
+    TokenClass.SEPARATOR,
+    TokenClass.ITEM_ID,
+    TokenClass.CLOSING,
+    TokenClass.CLOSING,
+]
+MASSES = {  # class → (p, b)
+    TokenClass.OPENING: (0.99, 0.95),
+    TokenClass.ITEM_ID: (0.767, 0.288),
+    TokenClass.SEPARATOR: (0.99, 0.95),
+    TokenClass.CLOSING: (0.99, 0.95),
+    TokenClass.STRAY: (0.1, 0.9),  # counts nowhere
+}
+WARM_START = {"parse_rate": 0.35, "ndcg_at_1": 0.55, "ndcg_at_1_interval": [0.5, 0.6]}
+TEACHER = {"parse_rate": 0.8, "ndcg_at_1": 0.9, "ndcg_at_1_interval": [0.88, 0.92]}
+
+
+def make_scored(prompt, masses=MASSES, classes=CLASSES, spread=0.0, rng=None):
+    """An output with these masses at each class; those of ids are off by up to `spread`."""
+    pairs = np.array([masses[token_class] for token_class in classes])
+    is_id = np.array([token_class == TokenClass.ITEM_ID for token_class in classes])
+    if spread:
+        pairs[is_id] += rng.uniform(-spread, spread, pairs[is_id].shape)
+    unused = np.where(is_id[:, None], (0.97, 0.9), np.nan)
+    zeros = np.zeros(len(classes), dtype=np.float32)
+    return ScoredRollout(
+        rollout=make_rollout([1], [2] * len(classes), num_items=2, prompt_id=prompt),
+        teacher_logprobs=zeros,
+        base_logprobs=zeros,
+        modal_ids=zeros.astype(np.int32),
+        teacher_modal_logprobs=np.log(pairs[:, 0]),
+        base_modal_logprobs=np.log(pairs[:, 1]),
+        token_classes=np.array(classes, dtype=np.int8),
+        teacher_unused_mass=unused[:, 0],
+        base_unused_mass=unused[:, 1],
+    )
+
+
+def make_prediction(scored, clip=2.0, warm_start=WARM_START, teacher=TEACHER):
+    return predict(measure(scored), clip=clip, warm_start=warm_start, teacher=teacher)
+
+
+def test_masses_are_means_over_the_positions_of_a_class_on_valid_prefixes():
+    halves = {**MASSES, TokenClass.ITEM_ID: (0.5, 0.2)}
+    broken = [*CLASSES[:2], TokenClass.STRAY, TokenClass.STRAY]
+    scored = [make_scored("a"), make_scored("b"), make_scored("b", halves, broken)]
+    row = make_prediction(scored)["classes"]["item_id"]
+    assert row["teacher_mass"] == pytest.approx((4 * 0.767 + 0.5) / 5)
+    assert row["base_mass"] == pytest.approx((4 * 0.288 + 0.2) / 5)
+    assert row["num_positions"] == 5
+    closing = make_prediction(scored)["classes"]["closing"]
+    assert (closing["teacher_mass"], closing["num_positions"]) == (pytest.approx(0.99), 4)
+
+
+@pytest.mark.parametrize(("clip", "star"), [(1.3, 1.125), (2.0, 1.331), (5.0, 1.768)])
+def test_the_binding_class_is_the_unresolved_one_and_gives_the_reference_thresholds(clip, star):
+    prediction = make_prediction([make_scored(str(n)) for n in range(20)], clip)
+    assert prediction["kind"] == "apriori"
+    assert prediction["binding_class"] == "item_id"
+    assert prediction["lambda_star"] == pytest.approx(star, abs=1e-3)
+    assert prediction["teacher_mass"] == pytest.approx(0.767)
+    assert prediction["base_mass"] == pytest.approx(0.288)
+    assert prediction["in_scope"]
+    assert {name: row["kind"] for name, row in prediction["classes"].items()} == {
+        "opening": "resolved",
+        "item_id": "unresolved",
+        "separator": "resolved",
+        "closing": "resolved",
+        UNUSED_ID: "resolved",
+    }
+    # A resolved class has a smaller one, which binds nothing.
+    assert prediction["classes"]["separator"]["lambda_star"] != prediction["lambda_star"]
+
+
+def test_any_unused_id_is_a_second_pair_that_never_binds():
+    free = dict.fromkeys(TokenClass, (0.99, 0.95))
+    scored = [make_scored("a", free)]
+    for part in scored:
+        part.base_unused_mass[:] = np.where(np.isnan(part.base_unused_mass), np.nan, 0.3)
+    prediction = make_prediction(scored)
+    assert prediction["classes"][UNUSED_ID]["kind"] == "unresolved"
+    assert prediction["classes"][UNUSED_ID]["base_mass"] == pytest.approx(0.3)
+    assert prediction["binding_class"] is None
+    assert prediction["lambda_star"] is None
+    assert prediction["out_of_scope"][0].startswith("no unresolved class")
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says_and_narrows_with_prompts():
+    rng = np.random.default_rng(0)
+    truth = 1 + math.log(2) / (math.log(0.7 / 0.3) - math.log(0.3 / 0.7))
+    masses = {**MASSES, TokenClass.ITEM_ID: (0.7, 0.3)}
+    widths, covered = [], 0
+    for _ in range(60):
+        scored = [make_scored(str(n), masses, spread=0.25, rng=rng) for n in range(40)]
+        prediction = make_prediction(scored)
+        covered += prediction["lambda_star_low"] <= truth <= prediction["lambda_star_high"]
+        widths.append(prediction["lambda_star_high"] - prediction["lambda_star_low"])
+    assert 52 <= covered <= 60  # of 60 at 95 %
+    many = [make_scored(str(n), masses, spread=0.25, rng=rng) for n in range(640)]
+    prediction = make_prediction(many)
+    width = prediction["lambda_star_high"] - prediction["lambda_star_low"]
+    assert width == pytest.approx(np.mean(widths) / 4, rel=0.25)
+
+
+def test_outputs_of_one_prompt_are_resampled_together():
+    rng = np.random.default_rng(0)
+    single = [make_scored(str(n), spread=0.2, rng=rng) for n in range(40)]
+    repeated = [part for part in single for _ in range(9)]
+    one, nine = make_prediction(single), make_prediction(repeated)
+    assert one["lambda_star_low"] == pytest.approx(nine["lambda_star_low"])
+    assert nine["num_outputs"] == 9 * one["num_outputs"]
+    assert nine["num_prompts"] == one["num_prompts"] == 40
+
+
+def test_pooled_warm_starts_weigh_by_positions():
+    other = {**MASSES, TokenClass.ITEM_ID: (0.7, 0.2)}
+    masses = pool([measure([make_scored("a")]), measure([make_scored("a", other)])])
+    prediction = predict(masses, clip=2.0, warm_start=WARM_START, teacher=TEACHER)
+    assert prediction["teacher_mass"] == pytest.approx((0.767 + 0.7) / 2)
+    assert prediction["base_mass"] == pytest.approx((0.288 + 0.2) / 2)
+    assert prediction["num_outputs"] == 2
+
+
+def test_a_reversed_class_has_an_onset_where_an_output_parses_half_as_often():
+    masses = {**MASSES, TokenClass.CLOSING: (0.9, 0.97)}
+    prediction = make_prediction([make_scored("a", masses)])
+    row = prediction["classes"]["closing"]
+    assert row["kind"] == "reversed"
+    # Two positions: q² = ½·0.9², and logit q = logit b − λ(logit b − logit p).
+    q = math.sqrt(0.5) * 0.9
+    logit_p, logit_b = math.log(0.9 / 0.1), math.log(0.97 / 0.03)
+    assert row["reversed_onset"] == pytest.approx(
+        (logit_b - math.log(q / (1 - q))) / (logit_b - logit_p)
+    )
+    assert "lambda_star" not in row
+    # At 2.2 it comes after the λ* of item ids.
+    assert prediction["in_scope"]
+    early = {**MASSES, TokenClass.CLOSING: (0.5, 0.97)}
+    reasons = make_prediction([make_scored("a", early)])["out_of_scope"]
+    assert reasons == ["closing is reversed (p < b): parsing halves at λ = 1.17 already"]
+
+
+@pytest.mark.parametrize(
+    ("warm_start", "teacher", "reason"),
+    [
+        ({"parse_rate": 0.97}, {}, "no headroom: 97% of the warm start's outputs parse"),
+        ({"parse_rate": 0.01}, {}, "no headroom: 1% of the warm start's outputs parse"),
+        (
+            {"ndcg_at_1": 0.9, "ndcg_at_1_interval": [0.89, 0.91]},
+            {},
+            "no knowledge gap: NDCG@1 of the teacher 0.90, of the warm start 0.90",
+        ),
+    ],
+)
+def test_a_prediction_out_of_scope_says_why(warm_start, teacher, reason):
+    prediction = make_prediction(
+        [make_scored("a")], warm_start=WARM_START | warm_start, teacher=TEACHER | teacher
+    )
+    assert not prediction["in_scope"]
+    assert prediction["out_of_scope"] == [reason]
+    assert prediction["lambda_star"] == pytest.approx(1.331, abs=1e-3)
+
+
+def test_too_wide_an_interval_is_out_of_scope():
+    rng = np.random.default_rng(0)
+    masses = {**MASSES, TokenClass.ITEM_ID: (0.5, 0.4)}
+    scored = [make_scored(str(n), masses, spread=0.35, rng=rng) for n in range(8)]
+    reasons = make_prediction(scored)["out_of_scope"]
+    assert reasons == ["the interval of λ* is wider than λ* − 1: measure on more prompts"]
+
+
+def test_an_onset_scales_to_another_clip_edge_by_edge():
+    source = {"low": 1.3, "high": 1.4, "clip": 2.0, "num_steps": 120}
+    prediction = scale_prediction(source, 5.0)
+    ratio = math.log(5) / math.log(2)
+    assert prediction["kind"] == "calibrated"
+    assert prediction["lambda_star_low"] == pytest.approx(1 + 0.3 * ratio)
+    assert prediction["lambda_star_high"] == pytest.approx(1 + 0.4 * ratio)
+    assert prediction["lambda_star"] == pytest.approx(1 + 0.35 * ratio)
+    assert (prediction["clip"], prediction["num_steps"]) == (5.0, 120)
+    with pytest.raises(ListopdError, match="the onset's high is None"):
+        scale_prediction(source | {"high": None}, 5.0)
+
+
+def test_without_a_clip_there_is_no_threshold():
+    prediction = make_prediction([make_scored("a")], clip=math.inf)
+    assert prediction["lambda_star"] is None
+    assert prediction["clip"] is None
