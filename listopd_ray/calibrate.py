@@ -138,6 +138,9 @@ def print_prediction(prediction: dict[str, Any]) -> None:
             f"λ* = {prediction['lambda_star']:.3f} [{low:.3f}, {high:.3f}] at c = "
             f"{prediction['clip']:g}, {prediction['kind']}" + (f", {binding}" if binding else "")
         )
+    if prediction.get("escape") is not None:
+        low, high = prediction["escape_low"], prediction["escape_high"]
+        print(f"escape = {prediction['escape']:.3f} [{low:.3f}, {high:.3f}]")
     for reason in prediction.get("out_of_scope", []):
         print(f"out of scope: {reason}")
 
@@ -145,14 +148,14 @@ def print_prediction(prediction: dict[str, Any]) -> None:
 def _class_table(prediction: dict[str, Any]) -> Table:
     title = f"{prediction['num_outputs']} outputs on {prediction['num_prompts']} held-out prompts"
     table = Table(title=title)
-    for column in ("class", "p (teacher)", "b (base)", "", "λ*", "clip exit", "runaway"):
+    for column in ("class", "p (teacher)", "b (base)", "", "λ*", "clip exit", "runaway", "escape"):
         table.add_column(column, justify="left" if column in ("class", "") else "right")
     for name, row in prediction["classes"].items():
         masses = [
             f"{row[key]:.3f} [{row[f'{key}_interval'][0]:.3f}, {row[f'{key}_interval'][1]:.3f}]"
             for key in ("teacher_mass", "base_mass")
         ]
-        keys = ("lambda_star", "clip_exit", "runaway")
+        keys = ("lambda_star", "clip_exit", "runaway", "escape")
         thresholds = ["–" if row.get(key) is None else f"{row[key]:.3f}" for key in keys]
         table.add_row(name, *masses, row["kind"], *thresholds)
     return table

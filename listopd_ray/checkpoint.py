@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
+HEALTHY = "healthy"  # the empty file that marks such a checkpoint
+
 
 class Saves(Protocol):
     def save(self, directory: Path) -> None: ...
@@ -22,20 +24,29 @@ def save_checkpoint(
 
     Keeps the newest `keep`, and the newest healthy one to roll back to.
     """
-    target = root / f"step-{step:06d}"
+    target = _path(root, step)
     partial = root / f"{target.name}.tmp"
-    shutil.rmtree(partial, ignore_errors=True)
+    for remains in root.glob("step-*.tmp"):
+        shutil.rmtree(remains)
     partial.mkdir(parents=True)
     learner.save(partial)
-    content = {"step": step, "healthy": healthy, **state}
-    (partial / "state.json").write_text(json.dumps(content, indent=2))
-    shutil.rmtree(target, ignore_errors=True)
+    (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=2))
+    if healthy:
+        (partial / HEALTHY).touch()
+    if target.exists():
+        _remove(target)
     os.replace(partial, target)
     complete = _complete(root)
-    healthy_ones = [path for path in complete if _state(path)["healthy"]]
+    healthy_ones = [path for path in complete if (path / HEALTHY).exists()]
     for old in complete[:-keep]:
         if old not in healthy_ones[-1:]:
-            shutil.rmtree(old)
+            _remove(old)
+
+
+def mark_healthy(root: Path, step: int) -> None:
+    """The checkpoint after `step` updates, if there is one, is good to roll back to."""
+    if _path(root, step).exists():
+        (_path(root, step) / HEALTHY).touch()
 
 
 def restore_latest(root: Path, learner: Saves) -> dict[str, Any] | None:
@@ -44,19 +55,27 @@ def restore_latest(root: Path, learner: Saves) -> dict[str, Any] | None:
     if not complete:
         return None
     learner.restore(complete[-1])
-    return _state(complete[-1])
+    return json.loads((complete[-1] / "state.json").read_text())
 
 
 def drop_unhealthy(root: Path) -> None:
     """Remove the checkpoints after the newest healthy one; all stay where none is healthy."""
     complete = _complete(root)
-    healthy = [path for path in complete if _state(path)["healthy"]]
-    for path in complete[complete.index(healthy[-1]) + 1 :] if healthy else ():
-        shutil.rmtree(path)
+    healthy = [path for path in complete if (path / HEALTHY).exists()]
+    later = complete[complete.index(healthy[-1]) + 1 :] if healthy else []
+    for path in reversed(later):  # the newest of those left is always one that was reached
+        _remove(path)
 
 
-def _state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text())
+def _remove(checkpoint: Path) -> None:
+    """All at once, as `_complete` sees it."""
+    remains = checkpoint.with_name(f"{checkpoint.name}.old.tmp")
+    os.replace(checkpoint, remains)
+    shutil.rmtree(remains)
+
+
+def _path(root: Path, step: int) -> Path:
+    return root / f"step-{step:06d}"
 
 
 def _complete(root: Path) -> list[Path]:

@@ -165,7 +165,7 @@ class CliffConfig:
 
 @dataclass(frozen=True)
 class GovernorConfig:
-    on: bool = False  # cap λ at 1 + (1 − margin)·(λ* − 1); `lam: auto` is on too
+    enabled: bool = False  # cap λ at 1 + (1 − margin)·(λ* − 1); `lam: auto` does so too
     margin: float = 0.2  # share of λ* − 1 that is kept as a distance
     decay: float = 0.9  # weight that the averages of p, b and q keep per step
 
@@ -297,12 +297,12 @@ def load_config(schema: type[T], arguments: list[str]) -> T:
     config = OmegaConf.structured(schema)
     for argument in arguments:
         is_pair = "=" in argument
-        if argument.startswith("from="):
-            argument = argument.replace("from", "from_", 1)  # Python has no field called from
         if not is_pair and not argument.endswith((".yaml", ".yml")):
             raise ListopdError(f"'{argument}' is neither key=value nor a YAML file")
         try:
             layer = OmegaConf.from_dotlist([argument]) if is_pair else OmegaConf.load(argument)
+            if "from_" in config and isinstance(layer, DictConfig) and "from" in layer:
+                layer["from_"] = layer.pop("from")  # Python has no field called from
             config = OmegaConf.merge(config, layer)
         except FileNotFoundError:
             raise ListopdError(f"{argument}: no such file") from None
@@ -383,8 +383,11 @@ def _validate(config: Config) -> None:
         constant = config.lam_schedule.kind == "constant"
         require(constant, "lam", "auto needs lam_schedule.kind=constant")
         require(math.isfinite(config.clip), "lam", "auto needs a finite clip")
+        require(config.extrapolation == "plain", "lam", "auto needs extrapolation=plain")
     else:
         require(math.isfinite(config.lam) and config.lam >= 0, "lam", "λ must be finite and ≥ 0")
+    governed_bounded = config.governor.enabled and config.extrapolation == "bounded"
+    require(not governed_bounded, "governor.enabled", "needs extrapolation=plain")
     for key in ("governor.margin", "governor.decay", "alarm.backoff", "alarm.parse_share"):
         require(0 <= attrgetter(key)(config) < 1, key, "must lie in [0, 1)")
     require(config.clip > 1, "clip", "c must be > 1 (.inf for no clip)")

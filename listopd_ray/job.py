@@ -22,6 +22,7 @@ from listopd_ray.models import end_ids, load_tokenizer, model_hash
 from listopd_ray.prepare import Prepared, prepare, serving_arguments
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.splits import data_directory, load_split
+from listopd_ray.steering import read_prediction
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import dataset_hash
 from listopd_ray.tracking import Run, check_startable, check_unchanged, replace_file
@@ -43,6 +44,8 @@ TABLE_COLUMNS = {
 def train_job(config: Config) -> dict[str, Any]:
     """One run from data to exported student; returns its summary."""
     check_startable(config)  # before minutes go into warm starts
+    if config.prediction:
+        read_prediction(config)
     prepared = prepare(config)
     with launch(config, **prepared.cluster_arguments()) as cluster:
         cluster.wait_until_ready()

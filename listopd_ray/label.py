@@ -1,7 +1,6 @@
 """`listopd label`: a dataset whose training relevance is a model's own greedy rankings.
 
-A warm start on it (`student.path=… data.path=<out>`) is supervised fine-tuning on that model's
-outputs: what distillation has to be better than.
+A warm start on it (`student.path=… data.path=<out>`) is supervised fine-tuning on its outputs.
 """
 
 from __future__ import annotations
@@ -78,13 +77,12 @@ def label_examples(
     from listopd_ray.evaluate import judge_rollout
     from listopd_ray.tracking import progress_bar
 
-    labelled, dropped = [], Counter[str]()
-    starts = range(0, len(split.prompts), chunk_size)
-    chunks = [split.prompts[start : start + chunk_size] for start in starts]
+    labelled, dropped, prompts = [], Counter[str](), split.prompts
     # All at once, so that no engine waits for the driver; in chunks, so that the bar moves.
+    chunks = [prompts[at : at + chunk_size] for at in range(0, len(prompts), chunk_size)]
     pending = [sampler.generate(chunk, "label", greedy=True) for chunk in chunks]
     rollouts = (r for chunk in pending for part in sampler.fetch(chunk) for r in part.rollouts)
-    with progress_bar("label", len(split.prompts), unit="prompt") as bar:
+    with progress_bar("label", len(prompts), unit="prompt") as bar:
         for example, rollout in zip(split.examples, rollouts, strict=True):
             output = judge_rollout(rollout, text)
             if output.ranking is None:

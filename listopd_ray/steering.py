@@ -23,7 +23,7 @@ class Steering:
             clip=config.clip,
             margin=config.governor.margin,
             decay=config.governor.decay,
-            caps=config.governor.on or config.lam == "auto",
+            caps=config.governor.enabled or config.lam == "auto",
             lambda_star=read_prediction(config).get("lambda_star") if config.prediction else None,
         )
         self._alarm = Alarm(
@@ -90,10 +90,11 @@ def read_prediction(config: Config) -> dict[str, Any]:
         raise ListopdError(f"prediction: {file}: {error.strerror}") from None
     except ValueError:
         raise ListopdError(f"prediction: {file}: not JSON") from None
-    if not isinstance(prediction, dict) or "lambda_star" not in prediction:
+    if not isinstance(prediction, dict) or not {"lambda_star", "clip"} <= prediction.keys():
         raise ListopdError(f"prediction: {file}: no prediction.json of `listopd calibrate`")
-    if prediction["clip"] != config.clip:
+    clip = math.inf if prediction["clip"] is None else prediction["clip"]
+    if clip != config.clip:
         raise ListopdError(
-            f"prediction: {file}: is for c = {prediction['clip']}, the run has c = {config.clip:g}"
+            f"prediction: {file}: is for c = {clip:g}, the run has c = {config.clip:g}"
         )
     return prediction

@@ -150,7 +150,14 @@ class Predictor:
         print(f"{name}:", end=" ")
         print_prediction({k: v for k, v in apriori.items() if k != "classes"})
         lams = curve.lams or grid(apriori["lambda_star"], curve)
-        also = []
+        also = [
+            {
+                "kind": "escape",
+                "lambda_star": apriori["escape"],
+                "lambda_star_low": apriori["escape_low"],
+                "lambda_star_high": apriori["escape_high"],
+            }
+        ]
         if curve.calibrated_from:
             source = self._onset_of(curve.calibrated_from)
             if source["high"] is not None and source["num_steps"] == first.num_steps:

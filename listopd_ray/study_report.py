@@ -24,7 +24,7 @@ BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 REASON_COLOURS = dict(
     zip(REASONS, ("#56B4E9", "#D55E00", "#F0E442", "#CC79A7", "#999999"), strict=True)
 )
-KIND_COLOURS = {"apriori": ORANGE, "calibrated": GREEN, "budget": "#CC79A7"}
+KIND_COLOURS = {"apriori": ORANGE, "calibrated": GREEN, "budget": "#CC79A7", "escape": "#D55E00"}
 
 
 def write_report(

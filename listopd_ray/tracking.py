@@ -13,7 +13,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from listopd_ray.checkpoint import Saves, drop_unhealthy, restore_latest, save_checkpoint
+from listopd_ray.checkpoint import (
+    Saves,
+    drop_unhealthy,
+    mark_healthy,
+    restore_latest,
+    save_checkpoint,
+)
 from listopd_ray.config import Config, dump_config, load_config, run_directory
 from listopd_ray.types import Judged, ListopdError
 
@@ -77,16 +83,27 @@ class Run:
         root, keep = self.directory / "checkpoints", self._config.checkpoint.keep
         save_checkpoint(root, step, learner, state, keep=keep, healthy=healthy)
 
+    def mark_healthy(self, step: int) -> None:
+        """If there is a checkpoint after `step` updates."""
+        mark_healthy(self.directory / "checkpoints", step)
+
     def roll_back(self, learner: Saves) -> dict[str, Any]:
-        """`restore` from the newest checkpoint that was healthy; later ones are removed."""
-        drop_unhealthy(self.directory / "checkpoints")
+        """`restore` once a roll-back is recorded: from the newest checkpoint that was healthy."""
         state = self.restore(learner)
-        assert state is not None and state["healthy"]  # one is written before the first update
+        assert state is not None  # the one before the first update is healthy
         return state
 
     def record(self, event: dict[str, Any]) -> str:
-        """Write an alarm to events.jsonl and standard error; its action. Raises on `stop`."""
-        _append(self.directory / "events.jsonl", [event])
+        """Write an alarm to events.jsonl and standard error; its action. Raises on `stop`.
+
+        A roll-back removes the unhealthy checkpoints before it counts: a process that ends in
+        between is resumed from the healthy one, and comes to the same alarm.
+        """
+        if event["action"] == "rollback":
+            drop_unhealthy(self.directory / "checkpoints")
+        file = self.directory / "events.jsonl"
+        before = file.read_text(encoding="utf-8") if file.exists() else ""
+        replace_file(file, before + json.dumps(event, ensure_ascii=False) + "\n")
         line = f"{self._config.name}: update {event['step']}: alarm: {event['reason']}"
         if event["action"] == "stop":
             raise ListopdError(f"{line}; stopped at λ = {event['lam']:.3g}")

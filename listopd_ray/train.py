@@ -70,7 +70,7 @@ def train(
 
     def keep(cursor: dict[str, Any]) -> None:
         state = {"prompts": cursor, "results": results, "steering": steering.state()}
-        run.save(step, learner, state, healthy=steering.healthy)
+        run.save(step, learner, state, healthy=step == 0)  # others once their rollouts are seen
 
     def sample(at: int) -> list[Any]:
         batch = prompts.take(config.num_prompts)
@@ -90,6 +90,7 @@ def train(
         gate = learner.check_scores(teacher.score_with(data.student_path, trial))
         results["warm_start"], metrics = assess()
         run.log(0, gate | metrics)
+        steering.observe(metrics, lam=1.0)  # the warm start's parse rate may be the best
         if config.alarm.action == "rollback":
             keep(prompts.state())
 
@@ -117,14 +118,16 @@ def train(
             results["student"], evaluated = assess()
             metrics |= evaluated
         metrics |= steering.observe(metrics, lam)
+        if steering.healthy:
+            run.mark_healthy(step - 1)  # its weights have sampled this batch, if it was kept
         run.log(step, metrics)
         show_progress(bar, metrics)
-        if is_last or saves:
-            keep(cursor)
         if (event := steering.event(step, lam)) and run.record(event) == "rollback":
             step, results = take_up(run.roll_back(learner))
             bar.update(step - bar.n)
             upcoming = []
+        elif is_last or saves:
+            keep(cursor)
         rollouts = upcoming or (sample(step) if step < config.num_steps else [])
     bar.close()
     return results

@@ -66,7 +66,8 @@ class FakeWorkers:
         for prompt in prompts:
             for index in range(group_size):
                 key = f"{self._weights['theta']!r} {tag} {prompt.id} {index} {greedy}"
-                choice = hashlib.sha256(key.encode()).digest()[0] % len(self._completions)
+                known = self._weights["completions"]
+                choice = known[hashlib.sha256(key.encode()).digest()[0] % len(known)]
                 rollouts.append(
                     Rollout(
                         prompt=prompt,
@@ -102,12 +103,17 @@ class FakeTeacher:
 
 
 class FakeLearner:
-    """One weight, θ, that moves by lr · λ · (share of the completions it was given)."""
+    """One weight, θ, that moves by lr · λ · (share of the completions it was given).
 
-    def __init__(self, events, fail_at=None):
+    With a `cliff` every answer parses until an update with λ above it, and none from then on.
+    """
+
+    def __init__(self, events, fail_at=None, cliff=None):
         self._events = events
         self._fail_at = fail_at  # update in which the process ends
+        self._cliff = cliff
         self.theta = 0.0
+        self.completions = [0, 1, 2, 3] if cliff is None else [0, 1]  # of `FakeWorkers`
         self.policy_version = 0
         self.batches = []  # prompt ids of each update
         self.staleness = []  # of each update, one set
@@ -121,6 +127,8 @@ class FakeLearner:
         self.staleness.append({self.policy_version - r.policy_version for r in rollouts})
         signal = float(np.mean([int(r.token_ids.sum()) % 7 for r in rollouts]))
         self.theta += lr * lam * signal
+        if self._cliff is not None and lam > self._cliff:
+            self.completions = [2, 3]
         self.policy_version += 1
         return {
             "kl/reverse": 1.0 / (1.0 + self.theta),
@@ -133,7 +141,11 @@ class FakeLearner:
         return {"gate/rollout_max": 0.0}
 
     def publish_weights(self):
-        return {"policy_version": self.policy_version, "theta": self.theta}
+        return {
+            "policy_version": self.policy_version,
+            "theta": self.theta,
+            "completions": self.completions,
+        }
 
     def save(self, directory):
         self._events.append(("save", self.policy_version))
@@ -142,3 +154,4 @@ class FakeLearner:
     def restore(self, directory):
         state = json.loads((directory / "fake.json").read_text())
         self.policy_version, self.theta = state["policy_version"], state["theta"]
+        self.completions = state["completions"]

@@ -17,6 +17,7 @@ import numpy as np
 from listopd_ray.cliff.threshold import (
     calibrated_lambda_star,
     clip_exit,
+    escape,
     lambda_star,
     reversed_onset,
     runaway,
@@ -35,6 +36,7 @@ class Masses:
     """What was measured on P prompts, by class."""
 
     sums: dict[str, np.ndarray]  # [P, 3]: positions, Σ teacher mass, Σ base mass of each prompt
+    log_ratios: dict[str, np.ndarray]  # [n, 2]: prompt's row, log π_T/π_B of a sampled token (nats)
     per_output: dict[str, int]  # positions in an output; of the longest measured
     num_outputs: int
 
@@ -46,6 +48,7 @@ def measure(scored: Sequence[ScoredRollout]) -> Masses:
     names = [token_class.name.lower() for token_class in CLASSES]
     sums = {name: np.zeros((len(prompts), 3)) for name in (*names, UNUSED_ID)}
     per_output = dict.fromkeys(sums, 0)
+    ratios: dict[str, list[np.ndarray]] = {name: [] for name in names}
 
     def add(name: str, row: int, pair: np.ndarray) -> None:
         """The masses [2, n] of an output's n positions of a class."""
@@ -55,13 +58,21 @@ def measure(scored: Sequence[ScoredRollout]) -> Masses:
     for part in scored:
         row = row_of[part.rollout.prompt.id]
         assert part.base_modal_logprobs is not None and part.base_unused_mass is not None
+        ratio = part.teacher_logprobs - part.base_logprobs
         logprobs = np.array([part.teacher_modal_logprobs, part.base_modal_logprobs])  # [2, T]
         pair = np.exp(logprobs.clip(max=0.0).astype(np.float64))  # rounded above 1 is still 1
         for token_class, name in zip(CLASSES, names, strict=True):
-            add(name, row, pair[:, part.token_classes == token_class])
+            where = part.token_classes == token_class
+            add(name, row, pair[:, where])
+            ratios[name].append(np.stack([np.full(where.sum(), row), ratio[where]], axis=1))
         unused = np.array([part.teacher_unused_mass, part.base_unused_mass]).clip(max=1.0)
         add(UNUSED_ID, row, unused[:, ~np.isnan(unused[0])])
-    return Masses(sums=sums, per_output=per_output, num_outputs=len(scored))
+    return Masses(
+        sums=sums,
+        log_ratios={name: np.concatenate(parts) for name, parts in ratios.items()},
+        per_output=per_output,
+        num_outputs=len(scored),
+    )
 
 
 def pool(measured: Sequence[Masses]) -> Masses:
@@ -69,6 +80,10 @@ def pool(measured: Sequence[Masses]) -> Masses:
     names = measured[0].sums
     return Masses(
         sums={name: np.sum([masses.sums[name] for masses in measured], axis=0) for name in names},
+        log_ratios={
+            name: np.concatenate([masses.log_ratios[name] for masses in measured])
+            for name in measured[0].log_ratios
+        },
         per_output={name: max(masses.per_output[name] for masses in measured) for name in names},
         num_outputs=sum(masses.num_outputs for masses in measured),
     )
@@ -96,18 +111,21 @@ def predict(
         for name, sums in masses.sums.items()
         if sums[:, 0].sum() > 0
     }
+    if math.isfinite(clip):
+        for name, ratios in masses.log_ratios.items():
+            if name in classes:
+                classes[name] |= _escape_row(ratios, weights, clip)
     unresolved = {
         name: row
         for name, row in classes.items()
         if row["kind"] == "unresolved" and name != UNUSED_ID
     }
     binding = min(unresolved, key=lambda name: unresolved[name]["lambda_star"], default=None)
-    empty = dict.fromkeys(ROW_OF_BINDING)
-    chosen = classes[binding] if binding else empty
+    chosen = classes[binding] if binding else {}
     reasons = _out_of_scope(chosen if binding else None, classes, warm_start, teacher)
     return {
         "kind": "apriori",
-        **{name: _finite(chosen[name]) for name in ROW_OF_BINDING},
+        **{name: _finite(chosen.get(name)) for name in ROW_OF_BINDING},
         "binding_class": binding,
         "clip": _finite(clip),
         "in_scope": not reasons,
@@ -129,6 +147,9 @@ ROW_OF_BINDING = (
     "lambda_star_high",
     "clip_exit",
     "runaway",
+    "escape",
+    "escape_low",
+    "escape_high",
     "teacher_mass",
     "base_mass",
 )
@@ -183,6 +204,26 @@ def _class_row(
     row["lambda_star_low"], row["lambda_star_high"] = _interval(stars)
     row["clip_exit"], row["runaway"] = clip_exit(p, b, clip), runaway(p, b, clip)
     return row
+
+
+def _escape_row(ratios: np.ndarray, weights: np.ndarray, clip: float) -> dict[str, Any]:
+    """The escape threshold of a class with its bootstrap interval over prompts."""
+    bound = math.log(clip)
+    rows, ratio = ratios[:, 0].astype(np.int64), ratios[:, 1].astype(np.float64)
+    columns = (np.ones_like(ratio), ratio, ratio.clip(-bound, bound))
+    num_prompts = weights.shape[1]
+    sums = np.stack([np.bincount(rows, column, num_prompts) for column in columns], axis=1)
+    count, total, clipped = sums.sum(axis=0)
+    draws = weights @ sums  # [resamples, 3]
+    draws = draws[draws[:, 0] > 0]
+    low, high = _interval([escape(d / n, i / n, clip) for n, d, i in draws.tolist()])
+    return {
+        "log_ratio": total / count,
+        "clipped_log_ratio": clipped / count,
+        "escape": escape(total / count, clipped / count, clip),
+        "escape_low": low,
+        "escape_high": high,
+    }
 
 
 def _out_of_scope(

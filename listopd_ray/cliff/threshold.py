@@ -220,6 +220,27 @@ def calibrated_lambda_star(onset: float, c0: float, c: float) -> float:
     return 1.0 if onset == 1.0 else 1.0 + math.log(c) / effective_gap(onset, c0)
 
 
+def escape(log_ratio: float, clipped_log_ratio: float, c: float) -> float:
+    """λ = 1 + (log c + I)/(−D) above which nothing holds the student to the tokens of a class.
+
+    D = `log_ratio`, mean of log(π_T/π_B) over tokens that the student samples where the class is
+    due; I = `clipped_log_ratio`, mean of the same clipped to ±log c, in [−log c, log c]. The mean
+    advantage there is I + (λ − 1)·D, and a softmax shifts mass to whatever has more. A token
+    outside the contract that teacher and base find equally (un)likely has no drive, and imitation
+    can hold it down by no more than −log c: it gains as soon as the mean advantage is below that.
+    Takes the student for the base, as it is where it cannot learn what the teacher knows. Unlike
+    `lambda_star` it sees that a teacher which is sure in every single case may look unsure on
+    average: D falls with its sharpness, the mean mass p does not. ∞ where D ≥ 0. Of this project.
+    """
+    _check(1.0, _LARGEST, c=c)
+    _check(-math.inf, math.inf, log_ratio=log_ratio)
+    bound = math.log(c)
+    _check(-bound * (1 + 1e-6), bound * (1 + 1e-6), clipped_log_ratio=clipped_log_ratio)
+    if log_ratio >= 0.0:
+        return math.inf
+    return 1.0 + max(0.0, bound + clipped_log_ratio) / -log_ratio
+
+
 # p < b (else ValueError): the teacher obeys the contract less than the warm start.
 
 
@@ -244,14 +265,14 @@ def reversed_onset(
     """λ at which an output of n such positions, each right with mass q, parses at q**n = floor.
 
     Assumes independent positions. Unclipped by default; given c, exact also beyond the clip, where
-    q falls faster, and at most `reversed_runaway`. 0 where the base parses no better than `floor`.
+    q falls faster, and at most `reversed_runaway`. 0 where every λ parses no better than `floor`.
     """
     gap = _reversed_gap(p, b)
     _check(1.0, _LARGEST, num_positions=num_positions)
     _check(0.0, 1.0, floor=floor)
     _check(1.0, math.inf, c=c)
     target = floor ** (1.0 / num_positions)
-    if target >= b or p == 0.0:
+    if target == 1.0 or p == 0.0:
         return 0.0
     if gap == 0.0 or b == 1.0:
         return 1.0 if b == 1.0 else math.inf

@@ -228,7 +228,16 @@ def _metrics(columns: dict[str, np.ndarray], clip: float) -> dict[str, float]:
         "loss/importance_ratio_max": ratio.max(),
         "loss/effective_sample_size": _effective_sample_size(ratio),
     }
-    # p, b and q of the theory: mass on the teacher's modal token, by contract class.
+    metrics |= _class_metrics(columns, is_clipped, ratio)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _class_metrics(
+    columns: dict[str, np.ndarray], is_clipped: np.ndarray, ratio: np.ndarray
+) -> dict[str, Any]:
+    """By contract class: clipping, sample size, and p, b and q, the masses on the teacher's modal
+    token."""
+    metrics: dict[str, Any] = {}
     owners = {"teacher": "teacher_modal", "base": "base_modal", "student": "student_modal"}
     for token_class in TokenClass:
         where = columns["token_class"] == token_class
@@ -244,7 +253,7 @@ def _metrics(columns: dict[str, np.ndarray], clip: float) -> dict[str, float]:
         unused = columns.get(f"{owner}_unused")
         if unused is not None and not np.isnan(unused).all():
             metrics[f"cliff/{owner}_unused_mass"] = np.nanmean(unused)
-    return {name: float(value) for name, value in metrics.items()}
+    return metrics
 
 
 def _effective_sample_size(ratio: np.ndarray) -> float:

@@ -35,9 +35,10 @@ def make_scored(prompt, masses=MASSES, classes=CLASSES, spread=0.0, rng=None):
         pairs[is_id] += rng.uniform(-spread, spread, pairs[is_id].shape)
     unused = np.where(is_id[:, None], (0.97, 0.9), np.nan)
     zeros = np.zeros(len(classes), dtype=np.float32)
+    ratios = np.where(is_id, np.tile([1.0, -4.0], len(classes))[: len(classes)], 0.04)
     return ScoredRollout(
         rollout=make_rollout([1], [2] * len(classes), num_items=2, prompt_id=prompt),
-        teacher_logprobs=zeros,
+        teacher_logprobs=ratios.astype(np.float32),
         base_logprobs=zeros,
         modal_ids=zeros.astype(np.int32),
         teacher_modal_logprobs=np.log(pairs[:, 0]),
@@ -192,6 +193,23 @@ def test_an_onset_scales_to_another_clip_edge_by_edge():
     assert (prediction["clip"], prediction["num_steps"]) == (5.0, 120)
     with pytest.raises(ListopdError, match="the onset's high is None"):
         scale_prediction(source | {"high": None}, 5.0)
+
+
+def test_escape_is_where_the_mean_advantage_of_sampled_ids_falls_to_the_clips_bound():
+    # Ids of an output have log-ratios −4 and −4 (both at odd places), clipped −log 2.
+    prediction = make_prediction([make_scored(str(n)) for n in range(4)])
+    row = prediction["classes"]["item_id"]
+    assert row["log_ratio"] == pytest.approx(-4.0)
+    assert row["clipped_log_ratio"] == pytest.approx(-math.log(2))
+    assert prediction["escape"] == pytest.approx(1.0)  # I = −log c already
+    mixed = [TokenClass.OPENING, *CLASSES]  # the first id comes at an even place now
+    scored = [make_scored("a", classes=mixed), make_scored("b")]
+    prediction = make_prediction(scored)
+    # Ratios 1, 1, −4, −4: D = −1.5, I = 0.
+    assert prediction["escape"] == pytest.approx(1 + math.log(2) / 1.5)
+    assert prediction["escape_low"] == pytest.approx(1.0)
+    assert prediction["escape_high"] is None  # of prompts like the first alone
+    assert prediction["classes"]["opening"]["escape"] is None  # the ratio is positive
 
 
 def test_without_a_clip_there_is_no_threshold():

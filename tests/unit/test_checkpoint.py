@@ -1,7 +1,9 @@
+import shutil
+
 import pytest
 from fakes import FakeLearner
 
-from listopd_ray.checkpoint import restore_latest, save_checkpoint
+from listopd_ray.checkpoint import drop_unhealthy, mark_healthy, restore_latest, save_checkpoint
 
 
 @pytest.fixture
@@ -9,9 +11,9 @@ def learner():
     return FakeLearner(events=[])
 
 
-def save(root, learner, step, keep=2, **state):
+def save(root, learner, step, keep=2, healthy=False, **state):
     learner.policy_version = step
-    save_checkpoint(root, step, learner, state, keep=keep)
+    save_checkpoint(root, step, learner, state, keep=keep, healthy=healthy)
 
 
 def names(root):
@@ -69,3 +71,69 @@ def test_a_step_saved_again_replaces_the_first(tmp_path, learner):
     save(tmp_path, learner, 2, attempt=2)
     assert restore_latest(tmp_path, learner)["attempt"] == 2
     assert names(tmp_path) == ["step-000002"]
+
+
+@pytest.mark.parametrize(
+    ("healthy", "kept"),
+    [
+        ([0], [0, 4, 5]),  # outside the newest two, and kept
+        ([0, 1, 2], [2, 4, 5]),  # of the healthy ones only the newest
+        ([0, 4], [4, 5]),
+        ([0, 1, 2, 3, 4, 5], [4, 5]),
+        ([], [4, 5]),
+    ],
+    ids=str,
+)
+def test_the_newest_healthy_one_is_kept_beside_the_newest(tmp_path, learner, healthy, kept):
+    for step in range(6):
+        save(tmp_path, learner, step, healthy=step in healthy)
+        if healthy:
+            newest = max(s for s in healthy if s <= step)
+            assert f"step-{newest:06d}" in names(tmp_path)  # at any time
+    assert names(tmp_path) == [f"step-{step:06d}" for step in kept]
+
+
+def test_a_checkpoint_may_turn_out_healthy_later(tmp_path, learner):
+    for step in range(4):
+        save(tmp_path, learner, step, keep=2, healthy=step == 0)
+        mark_healthy(tmp_path, step - 1)  # of none before the first
+    assert names(tmp_path) == ["step-000001", "step-000002", "step-000003"]
+    mark_healthy(tmp_path, 0)  # gone already, and not to come back
+    drop_unhealthy(tmp_path)
+    assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize(
+    ("healthy", "left"),
+    [([1], [1]), ([1, 2, 3], [1, 2, 3]), ([2], [1, 2]), ([], [1, 2, 3]), ([1, 3], [1, 2, 3])],
+    ids=str,
+)
+def test_what_came_after_the_newest_healthy_one_can_be_dropped(tmp_path, learner, healthy, left):
+    for step in (1, 2, 3):
+        save(tmp_path, learner, step, keep=3, healthy=step in healthy)
+    drop_unhealthy(tmp_path)
+    assert names(tmp_path) == [f"step-{step:06d}" for step in left]
+    fresh = FakeLearner(events=[])
+    assert restore_latest(tmp_path, fresh)["step"] == fresh.policy_version == left[-1]
+
+
+def test_a_process_that_ends_while_it_removes_leaves_only_whole_checkpoints(
+    tmp_path, learner, monkeypatch
+):
+    for step in (1, 2, 3):
+        save(tmp_path, learner, step, keep=3, healthy=step == 1)
+
+    def remove_half(path):
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", remove_half)
+        with pytest.raises(KeyboardInterrupt):
+            drop_unhealthy(tmp_path)  # the newest goes first: what is left was a run's state once
+        assert restore_latest(tmp_path, learner)["step"] == 2
+        with pytest.raises(KeyboardInterrupt):
+            drop_unhealthy(tmp_path)
+        assert restore_latest(tmp_path, learner)["step"] == 1
+    save(tmp_path, learner, 2, keep=1)
+    assert names(tmp_path) == ["step-000001", "step-000002"]  # and no remains

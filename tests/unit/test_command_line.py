@@ -53,9 +53,9 @@ def test_the_version_is_the_packages(capsys):
     [
         (["trian"], "did you mean 'train'?"),
         (["data", "syntetic"], "did you mean 'data synthetic'?"),
-        (["train", "lamm=2"], "Did you mean: 'lam'?"),
+        (["train", "lamm=2"], "Did you mean one of: 'lam', 'alarm'?"),
         (["train", "student.warmstart.num_step=2"], "'num_steps'"),
-        (["train", "lam=much"], "lam: Value 'much'"),
+        (["train", "lam=much"], "lam: must be a number or auto"),
         (["train", "clip=1"], "clip: c must be > 1"),
         (["train", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["train", "--fast"], "--fast: no such flag"),

@@ -2,17 +2,21 @@ import dataclasses
 import math
 
 import pytest
+import yaml
 
 from listopd_ray.config import (
+    CalibrateConfig,
     CliffConfig,
     Config,
     Schedule,
+    StudyConfig,
     describe_keys,
     dump_config,
     load_config,
     needs_base,
     run_directory,
     schedule_value,
+    with_values,
 )
 from listopd_ray.types import ListopdError
 
@@ -87,6 +91,10 @@ def test_an_unknown_key_in_a_file_is_named_with_the_file(write_yaml):
     ("argument", "key"),
     [
         ("lam=high", "lam"),
+        ("lam=true", "lam"),
+        ("lam=null", "lam"),
+        ("governor.enabled=perhaps", "enabled"),
+        ("alarm.action=panic", "action"),
         ("num_steps=2.5", "num_steps"),
         ("num_steps=null", "num_steps"),
         ("learner.beta1=[1]", "beta1"),
@@ -113,6 +121,17 @@ def test_a_value_of_the_wrong_type_is_named_with_its_key(argument, key):
         ["delta=-0.1"],
         ["ratio_clip=0"],
         ["clip=.inf", "extrapolation=bounded"],
+        ["lam=auto", "clip=.inf"],
+        ["lam=auto", "extrapolation=bounded"],
+        ["lam=auto", "lam_schedule.kind=linear"],
+        ["governor.enabled=true", "extrapolation=bounded"],
+        ["governor.margin=1"],
+        ["governor.decay=-0.1"],
+        ["governor.decay=1"],
+        ["alarm.backoff=1"],
+        ["alarm.parse_share=1"],
+        ["alarm.patience=0"],
+        ["alarm.max_rollbacks=-1"],
         ["max_staleness=2"],
         ["max_staleness=-1"],
         ["lr=0"],
@@ -160,6 +179,13 @@ def test_a_value_that_could_only_fail_later_is_refused_at_once(argument):
     assert argument.partition("=")[0].split(".")[0] in one_line_error(*arguments)
 
 
+@pytest.mark.parametrize("argument", ["lam=much", "lam='1.5'"])
+def test_lam_is_a_number_or_auto(argument):
+    assert load("lam=auto").lam == "auto"
+    assert [load(f"lam={text}").lam for text in ("2", "2.5", "1e0")] == [2, 2.5, 1]
+    assert one_line_error(argument) == "lam: must be a number or auto"
+
+
 @pytest.mark.parametrize("argument", ["lam", "conf.json", "--lam", ""])
 def test_an_argument_that_is_neither_a_file_nor_a_pair_is_refused(argument):
     assert argument in one_line_error(argument)
@@ -197,6 +223,27 @@ def test_the_dumped_configuration_reads_back_as_the_same(write_yaml):
         "demo_seeds=[3]",
     )
     assert load(write_yaml("dumped.yaml", dump_config(config))) == config
+
+
+def test_the_key_from_is_one_of_calibration_alone(write_yaml):
+    file = write_yaml("calibrate.yaml", "from: a.json\nclip: 3.0\n")
+    for arguments in (["from=a.json", "clip=3.0"], [file]):
+        config = load_config(CalibrateConfig, arguments)
+        assert (config.from_, config.clip) == ("a.json", 3.0)
+    assert load_config(CalibrateConfig, [write_yaml("dumped.yaml", dump_config(config))]) == config
+    assert {key for key, _, _ in describe_keys(CalibrateConfig) if "from" in key} == {
+        "from",
+        "from_clip",
+    }
+    assert one_line_error("from=a.json") == "from=a.json: Key 'from' not in 'Config'"
+
+
+def test_values_by_dotted_key_are_checked_like_arguments():
+    config = with_values(CalibrateConfig(from_="x"), {"lam": "auto", "alarm.action": "stop"})
+    assert config == load("lam=auto", "alarm.action=stop")
+    for values in ({"alarm.patience": 0}, {"alarm.patients": 1}, {"lam": "much"}):
+        with pytest.raises(ListopdError, match=next(iter(values)).split(".")[-1]):
+            with_values(Config(), values)
 
 
 def test_a_configuration_cannot_be_changed():
@@ -247,6 +294,9 @@ def test_a_linear_schedule_over_one_step_stays_at_its_start():
         (["lam_schedule.kind=linear", "lam_schedule.final=1.5"], True),  # only later
         (["lam_schedule.kind=linear", "lam_schedule.final=1.5", "num_steps=1"], False),
         (["cliff.measure=true"], True),
+        (["lam=auto"], True),
+        (["governor.enabled=true"], False),  # nothing to cap at λ = 1
+        (["governor.enabled=true", "lam=1.2"], True),
     ],
     ids=str,
 )
@@ -254,11 +304,16 @@ def test_a_base_is_needed_where_any_step_extrapolates_or_measures(arguments, nee
     assert needs_base(load(*arguments)) is needed
 
 
+def test_every_key_can_be_written_in_a_yaml_file_as_it_is():
+    names = {part for key, _, _ in describe_keys(StudyConfig) for part in key.split(".")}
+    assert dict.fromkeys(names, 1) == yaml.safe_load("".join(f"{name}: 1\n" for name in names))
+
+
 def test_every_key_is_described_once():
     keys = [key for key, _, _ in describe_keys(Config)]
     assert len(keys) == len(set(keys))
     assert {"lam", "student.warmstart.lr", "rollout.engine", "lr_schedule.kind"} <= set(keys)
     described = {key: (default, comment) for key, default, comment in describe_keys(Config)}
-    assert described["lam"] == ("1.0", "λ")
+    assert described["lam"] == ("1.0", "λ; auto: as high as the governor allows")
     assert described["data.path"][0] == "null"
     assert described["cliff.measure"][0] == str(CliffConfig().measure)

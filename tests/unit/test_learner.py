@@ -106,6 +106,11 @@ def test_the_split_over_teacher_actors_does_not_matter(make_learner, scored):
     assert same_bits(weights_of(whole), weights_of(halves))
 
 
+def effective_share(learner, sampler):
+    ratios = [math.exp(x - y) for x, y in zip(learner, sampler, strict=True)]
+    return sum(ratios) ** 2 / sum(ratio**2 for ratio in ratios) / len(ratios)
+
+
 @pytest.mark.parametrize("extrapolation", ["plain", "bounded"])
 def test_metrics_match_the_oracle(
     make_learner, scored, student_model, teacher_model, base_model, tokenizer, extrapolation
@@ -114,7 +119,7 @@ def test_metrics_match_the_oracle(
     learner = make_learner(clip=2.0, extrapolation=extrapolation, delta=0.2, micro_batch_size=3)
     metrics = learner.step(options["lam"], LR, scored)
 
-    own, sampler, gains, gaps = [], [], [], []
+    own, sampler, gains, gaps, kinds_of = [], [], [], [], []
     unused = {"teacher": [], "base": []}
     masses = {name: {kind: [] for kind in TokenClass} for name in ("teacher", "base", "student")}
     for part in scored.rollouts:
@@ -136,6 +141,7 @@ def test_metrics_match_the_oracle(
             )
             modal = teacher[t].argmax()
             kind = TokenClass(part.token_classes[t])
+            kinds_of.append(kind)
             masses["teacher"][kind].append(math.exp(teacher[t][modal]))
             masses["base"][kind].append(math.exp(base[t][modal]))
             masses["student"][kind].append(math.exp(student[t][modal]))
@@ -154,6 +160,14 @@ def test_metrics_match_the_oracle(
         for kind, values in kinds.items():
             if kind != TokenClass.STRAY:
                 expected[f"cliff/{owner}_mass_{kind.name.lower()}"] = np.mean(values)
+    expected["loss/effective_sample_size"] = effective_share(own, sampler)
+    for kind in set(kinds_of) - {TokenClass.STRAY}:
+        chosen = [index for index, other in enumerate(kinds_of) if other == kind]
+        clipped = [abs(gaps[index]) >= math.log(2) for index in chosen]
+        expected[f"loss/clip_fraction_{kind.name.lower()}"] = sum(clipped) / len(clipped)
+        expected[f"loss/effective_sample_size_{kind.name.lower()}"] = effective_share(
+            [own[index] for index in chosen], [sampler[index] for index in chosen]
+        )
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert all(math.isfinite(value) for value in metrics.values())
 
@@ -235,6 +249,19 @@ def test_a_restored_learner_goes_on_as_the_uninterrupted_one(
     for index, slots in states[0].items():
         assert set(slots) == {"step", "exp_avg", "exp_avg_sq"}
         assert all(torch.equal(value, states[1][index][slot]) for slot, value in slots.items())
+
+
+def test_a_learner_goes_back_to_before_its_first_update(make_learner, scored, tmp_path):
+    learner = make_learner()
+    (tmp_path / "checkpoint").mkdir()
+    learner.save(str(tmp_path / "checkpoint"))
+    learner.step(3.0, LR, scored)
+    learner.restore(str(tmp_path / "checkpoint"))
+    assert learner.policy_version == 0
+    learner.step(1.5, LR, scored)  # as if AdamW had seen nothing
+    fresh = make_learner()
+    fresh.step(1.5, LR, scored)
+    assert same_bits(weights_of(fresh), weights_of(learner))
 
 
 def test_published_weights_do_not_move_with_the_learner(make_learner, scored):

@@ -38,10 +38,9 @@ clips = st.floats(1.05, 20.0)
 
 @st.composite
 def ordered(draw):
-    """Teacher mass p above base mass b, at least 0.05 nats of log-odds apart."""
-    p, b = draw(masses), draw(masses)
-    assume(logit(p) - logit(b) > 0.05)
-    return p, b
+    """Teacher mass p above base mass b."""
+    b, gap = draw(st.floats(0.01, 0.95)), draw(st.floats(0.05, 6.0))
+    return 1 / (1 + math.exp(-logit(b) - gap)), b
 
 
 def restoring_force(p, q, c):
@@ -102,6 +101,7 @@ def test_limits_of_the_three_thresholds(function):
     assert function(0.9, 0.9 - 1e-9, 2.0) > 1e6
 
 
+@settings(deadline=None)
 @given(pb=ordered(), c=clips)
 def test_thresholds_come_in_order_closed_form_exit_runaway(pb, c):
     closed, leaves, runs = (function(*pb, c) for function in THREE)
@@ -109,6 +109,7 @@ def test_thresholds_come_in_order_closed_form_exit_runaway(pb, c):
     assert leaves <= runs * (1 + 1e-12)
 
 
+@settings(deadline=None)
 @given(p=st.floats(0.95, 0.99999), b=st.floats(0.001, 0.5), c=st.floats(1.001, 10.0))
 @example(p=0.95, b=0.5, c=10.0)
 def test_closed_form_is_within_one_percent_of_the_exit_for_a_near_deterministic_position(p, b, c):
@@ -149,6 +150,7 @@ def test_clip_safe_is_where_the_clip_changes_nothing(p, b):
     assert is_clip_safe(p, b, INF, 50.0)
     assert is_clip_safe(p, p, 2.0, 50.0)
     assert not is_clip_safe(1.0, b, 2.0, 1.1)
+    assert not is_clip_safe(0.0, b, 2.0, 0.5)
 
 
 @settings(deadline=None, max_examples=300)
@@ -168,6 +170,7 @@ def test_settled_mass_balances_drive_and_force(p, b, c, share):
     assert logit(settled_mass(p, b, c, lam)) == pytest.approx(root, abs=1e-8)
 
 
+@settings(deadline=None)
 @given(pb=ordered(), c=clips)
 def test_settled_mass_is_one_from_the_runaway_on_and_reaches_it_from_below(pb, c):
     p, b = pb
@@ -180,6 +183,7 @@ def test_settled_mass_is_one_from_the_runaway_on_and_reaches_it_from_below(pb, c
     assert below == pytest.approx(saturated, abs=1e-6)
 
 
+@settings(deadline=None)
 @given(p=masses, b=masses, c=clips)
 def test_one_settles_at_the_teacher_and_zero_unclipped_at_the_base(p, b, c):
     assert settled_mass(p, b, c, 1.0) == fixed_point(p, b, 1.0) == p
@@ -200,6 +204,7 @@ def test_settled_mass_of_certain_teachers_and_bases():
         fixed_point(1.0, 0.0, 0.5)
 
 
+@settings(deadline=None)
 @given(pb=ordered(), c=clips, lam=st.floats(1.0, 20.0))
 def test_clip_for_inverts_the_closed_form(pb, c, lam):
     p, b = pb
@@ -215,6 +220,7 @@ def test_clip_for_limits():
     assert clip_for(1.0, 0.5, 1.1) == clip_for(0.9, 0.5, 1e6) == INF
 
 
+@settings(deadline=None)
 @given(star=st.floats(1.0, 5.0), margin=st.floats(0.0, 0.99))
 def test_safe_lam_leaves_the_margin_of_the_way(star, margin):
     lam = safe_lam(star, margin)
@@ -241,6 +247,7 @@ def test_time_to_leave_integrates_the_runaway():
     assert time_to_leave(p, b, c, lam, end) == pytest.approx(total, rel=1e-6)
 
 
+@settings(deadline=None)
 @given(pb=ordered(), c=clips, above=st.floats(0.01, 3.0))
 def test_time_to_leave_goes_as_one_over_the_distance_from_the_threshold(pb, c, above):
     p, b = pb
@@ -277,6 +284,7 @@ def test_calibration_reproduces_the_recorded_predictions():
     assert calibrated_lambda_star(1.5, 2.0, INF) == INF
 
 
+@settings(deadline=None)
 @given(pb=ordered(), c0=clips, c=clips)
 def test_an_onset_at_the_closed_form_calibrates_to_the_closed_form(pb, c0, c):
     p, b = pb
@@ -291,6 +299,7 @@ def test_reversed_reference_figure():
     assert reversed_runaway(0.95, 1.0, 2.0) == reversed_runaway(0.0, 0.5, 2.0) == 1.0
 
 
+@settings(deadline=None)
 @given(pb=ordered(), c=clips, share=st.floats(0.0, 1.2))
 def test_reversed_functions_mirror_the_forward_ones(pb, c, share):
     p, b = pb
@@ -303,6 +312,7 @@ def test_reversed_functions_mirror_the_forward_ones(pb, c, share):
     assert reversed_mass(1 - p, 1 - b, lam) == pytest.approx(1 - fixed_point(p, b, lam), abs=1e-9)
 
 
+@settings(deadline=None)
 @given(
     pb=ordered(),
     c=st.one_of(st.just(INF), clips),
@@ -310,6 +320,7 @@ def test_reversed_functions_mirror_the_forward_ones(pb, c, share):
     floor=st.floats(0.01, 0.99),
 )
 @example(pb=(0.99, 0.95), c=2.0, num_positions=21, floor=0.01)  # past the clip
+@example(pb=(0.9, 0.5), c=1.2, num_positions=1, floor=0.95)  # the clip lets go upwards at λ < 1
 def test_reversed_onset_is_where_the_output_parses_at_the_floor(pb, c, num_positions, floor):
     b, p = pb
     lam = reversed_onset(p, b, num_positions, floor, c)
@@ -331,7 +342,8 @@ def test_reversed_onset_limits():
     assert reversed_onset(0.95, 0.99, 21, 0.99) == 0.0  # the base parses at 0.99**21 = 0.81
     assert reversed_onset(0.95, 0.99, 21, 0.0) == INF
     assert reversed_onset(0.95, 0.99, 21, 0.0, 2.0) == reversed_runaway(0.95, 0.99, 2.0)
-    assert reversed_onset(0.95, 1.0, 21, 0.2) == 1.0
+    assert reversed_onset(0.95, 1.0, 21, 0.2) == reversed_onset(0.95, 1.0, 21, 0.0) == 1.0
+    assert reversed_onset(0.95, 0.99, 21, 1.0) == 0.0
     assert reversed_onset(0.0, 0.9, 21, 0.05) == 0.0
 
 
@@ -351,6 +363,7 @@ def worst_bounded_excess(p, c, delta):
     return worst
 
 
+@settings(deadline=None)
 @given(p=masses, c=clips, delta=st.floats(0.0, 1.0))
 @example(p=0.767, c=2.0, delta=0.2)
 @example(p=0.5, c=4.0, delta=0.1)
@@ -361,6 +374,7 @@ def test_bounded_verdict_agrees_with_the_worst_drive_and_force(p, c, delta):
     assert bounded_has_fixed_point(p, c, delta) == (excess < 0)
 
 
+@settings(deadline=None)
 @given(p=st.floats(0.0, 1.0), c=clips)
 def test_half_is_always_enough_and_the_two_bounded_functions_agree(p, c):
     smallest = smallest_bounded_delta(p, c)

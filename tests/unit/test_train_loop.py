@@ -6,7 +6,16 @@ from types import SimpleNamespace
 import pytest
 from fakes import FakeLearner, FakeTeacher, FakeWorkers, Interrupted
 
-from listopd_ray.config import CheckpointConfig, Config, EvaluationConfig, Schedule, TrackingConfig
+from listopd_ray import tracking
+from listopd_ray.config import (
+    AlarmConfig,
+    CheckpointConfig,
+    Config,
+    EvaluationConfig,
+    GovernorConfig,
+    Schedule,
+    TrackingConfig,
+)
 from listopd_ray.models import encode_prompt
 from listopd_ray.task.contract import TokenText
 from listopd_ray.tracking import TIMING, Run
@@ -58,9 +67,9 @@ def data(examples, tokenizer):
 def start(data, tokenizer):
     """Runs the loop on fakes from scratch, as a new process would; returns what it left behind."""
 
-    def start(config, fail_at=None, finish=True, data_hash="a"):
+    def start(config, fail_at=None, finish=True, data_hash="a", cliff=None):
         events = []
-        learner = FakeLearner(events, fail_at)
+        learner = FakeLearner(events, fail_at, cliff)
         workers, teacher = FakeWorkers(events, tokenizer), FakeTeacher(events)
         outcome = SimpleNamespace(events=events, learner=learner, results=None)
         with Run(config, {"data": data_hash}) as run:
@@ -257,3 +266,188 @@ def test_a_line_cut_short_by_a_full_disk_does_not_stop_the_resumption(config, st
         file.write('{"train/step": 4, "kl/rev')
     start(broken)
     assert rows(broken) == rows(config)
+
+
+CLIFF = 2.0  # of the fake learner
+
+
+@pytest.fixture
+def collapsing(config):
+    """λ rises to 3 over six updates and crosses the cliff with the fourth, at 2⅓.
+
+    Half of the distance to 1, as after one roll-back, never does.
+    """
+    return dataclasses.replace(
+        config,
+        num_steps=10,
+        lam=3.0,
+        lam_schedule=Schedule(kind="warmup", initial=1.0, steps=6),
+        evaluation=EvaluationConfig(every=100, num_prompts=4, num_samples=2),
+        alarm=AlarmConfig(action="rollback", patience=2),
+    )
+
+
+def asked(step):
+    return 1 + 2 * min(6, step + 1) / 6
+
+
+def with_alarm(config, **changes):
+    return dataclasses.replace(config, alarm=dataclasses.replace(config.alarm, **changes))
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_collapse_rolls_back_to_a_healthy_checkpoint_and_goes_on_lower(
+    collapsing, start, max_staleness
+):
+    config = dataclasses.replace(collapsing, max_staleness=max_staleness)
+    outcome = start(config, cliff=CLIFF)
+    # The fourth update breaks the answers, so the fifth one's rollouts are the first bad ones, and
+    # the average of the parse rate (0.64, 0.41, 0.28) is below half twice in a row after seven.
+    (event,) = rows(config, "events.jsonl")
+    assert event == {
+        "step": 7,
+        "action": "rollback",
+        "reason": event["reason"],
+        "lam": 3.0,
+    }
+    assert event["reason"].startswith("training parses 0.")
+    metrics = rows(config)
+    assert [row["train/step"] for row in metrics] == list(range(11))
+    kept = 2  # the checkpoint after four is broken, though no rollout had shown it when it was made
+    lams = [row["train/lam"] for row in metrics[1:]]
+    assert lams[:kept] == pytest.approx([asked(step) for step in range(kept)])
+    assert lams[kept:] == pytest.approx([1 + (asked(step) - 1) / 2 for step in range(kept, 10)])
+    assert {row["contract/parse_rate"] for row in metrics[1:]} == {1.0}
+    assert outcome.results["student"]["parse_rate"] == 1.0
+
+
+def test_a_run_goes_back_to_its_warm_start_where_no_later_checkpoint_was_healthy(collapsing, start):
+    config = dataclasses.replace(collapsing, lam_schedule=Schedule())  # λ = 3 from the beginning
+    start(config, cliff=CLIFF)
+    (event,) = rows(config, "events.jsonl")
+    assert event["lam"] == 3.0
+    assert [row["train/lam"] for row in rows(config)[1:]] == [2.0] * 10
+
+
+def test_roll_backs_add_up_and_past_the_last_one_the_run_stops_with_its_reason(collapsing, start):
+    steep = dataclasses.replace(collapsing, lam=9.0)
+    start(with_alarm(steep, max_rollbacks=3), cliff=CLIFF)
+    events = rows(steep, "events.jsonl")
+    assert [event["action"] for event in events] == ["rollback"] * 3
+    assert rows(steep)[-1]["train/lam"] == 1 + 8 / 2**3
+    stopped = with_alarm(dataclasses.replace(steep, name="stopped"), max_rollbacks=2)
+    with pytest.raises(ListopdError) as raised:
+        start(stopped, cliff=CLIFF)
+    last = rows(stopped, "events.jsonl")[-1]
+    assert [e["action"] for e in rows(stopped, "events.jsonl")] == ["rollback", "rollback", "stop"]
+    assert str(raised.value) == (
+        f"stopped: update {last['step']}: alarm: {last['reason']}; stopped at λ = {last['lam']:.3g}"
+    )
+
+
+def test_a_run_told_to_stop_does_so_at_once_and_one_told_to_warn_goes_on(collapsing, start, capsys):
+    warned = with_alarm(collapsing, action="warn")
+    start(warned, cliff=CLIFF)
+    (event,) = rows(warned, "events.jsonl")  # once, though it rings until the end
+    assert (event["step"], event["action"]) == (7, "warn")
+    assert f"run: update 7: alarm: {event['reason']}; warn\n" in capsys.readouterr().err
+    assert [row["train/lam"] for row in rows(warned)[1:]] == [asked(step) for step in range(10)]
+    assert rows(warned)[-1]["contract/parse_rate"] == 0
+    stopped = with_alarm(dataclasses.replace(collapsing, name="stopped"), action="stop")
+    with pytest.raises(ListopdError, match=r"^stopped: update 7: alarm: training parses"):
+        start(stopped, cliff=CLIFF)
+    assert rows(stopped) == rows(warned)[:8]
+    with pytest.raises(ListopdError, match=r"^stopped: update 7: "):
+        start(stopped, cliff=CLIFF)  # again and again: another λ is another run
+
+
+def test_a_collapse_that_only_the_last_evaluation_shows_is_rolled_back_too(collapsing, start):
+    # The eighth and last update is the one that breaks.
+    schedule = Schedule(kind="warmup", initial=1.0, steps=8)
+    config = dataclasses.replace(collapsing, num_steps=8, lam=2.05, lam_schedule=schedule)
+    outcome = start(config, cliff=CLIFF)
+    (event,) = rows(config, "events.jsonl")
+    assert event["step"] == 8
+    assert event["reason"] == "evaluation parses 0.000, best was 1.000"
+    assert outcome.results["student"]["parse_rate"] == 1.0
+    assert rows(config)[-1]["train/lam"] == pytest.approx(1.525)
+
+
+def same_files(config, other):
+    return all(
+        rows(config, name) == rows(other, name)
+        for name in ("metrics.jsonl", "samples.jsonl", "events.jsonl")
+    )
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+@pytest.mark.parametrize("fail_after", [3, 6, 7, 8, 9, 12])
+def test_a_run_interrupted_before_or_after_its_roll_back_equals_the_uninterrupted_one(
+    collapsing, start, tmp_path, monkeypatch, fail_after, max_staleness
+):
+    config = dataclasses.replace(collapsing, max_staleness=max_staleness)
+    whole = start(config, cliff=CLIFF)
+    broken = in_another_place(config, tmp_path)
+    log, calls = Run.log, []
+
+    def interrupt(self, step, metrics):
+        log(self, step, metrics)
+        calls.append(step)
+        if len(calls) == 1 + fail_after:  # of all updates, those taken twice included
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", interrupt)
+        assert start(broken, cliff=CLIFF).results is None
+    resumed = start(broken, cliff=CLIFF)
+    assert same_files(config, broken)
+    assert resumed.results == whole.results
+    assert resumed.learner.theta == whole.learner.theta
+    assert rows(broken)[-1]["train/lam"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (tracking, "drop_unhealthy"),
+        (tracking, "replace_file"),
+        (Run, "roll_back"),
+        (FakeLearner, "restore"),
+    ],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_process_may_end_anywhere_in_a_roll_back(
+    collapsing, start, tmp_path, monkeypatch, owner, name, when
+):
+    # A checkpoint after each update: one is always due when the alarm rings.
+    config = dataclasses.replace(collapsing, checkpoint=CheckpointConfig(every=1, keep=3))
+    start(config, cliff=CLIFF)
+    broken = in_another_place(config, tmp_path)
+    verb, recorded = getattr(owner, name), Run.record
+
+    def end(*arguments):
+        if when == "after":
+            verb(*arguments)
+        raise Interrupted
+
+    def record(self, event):
+        patch.setattr(owner, name, end)
+        return recorded(self, event)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "record", record)
+        assert start(broken, cliff=CLIFF).results is None
+    start(broken, cliff=CLIFF)
+    assert same_files(config, broken)
+    assert len(rows(broken, "events.jsonl")) == 1
+
+
+def test_a_governed_run_begins_at_one_and_a_wrong_prediction_ends_it(collapsing, start, tmp_path):
+    config = dataclasses.replace(collapsing, governor=GovernorConfig(enabled=True))
+    start(config, cliff=CLIFF)
+    # The fakes have no masses to measure, so that nothing more is ever known.
+    assert [row["train/lam"] for row in rows(config)[1:]] == [1.0] * 10
+    file = tmp_path / "prediction.json"
+    file.write_text('{"lambda_star": 1.5, "clip": 3.0}')
+    with pytest.raises(ListopdError, match=r"prediction\.json: is for c = 3, the run has c = 2$"):
+        start(dataclasses.replace(config, name="other", prediction=str(file)))

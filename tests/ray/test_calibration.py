@@ -1,0 +1,83 @@
+"""Calibration against warm starts whose masses are known from how they were made."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from listopd_ray.cliff.calibration import measure, predict
+from listopd_ray.cluster import make_requests
+from listopd_ray.config import Config, ModelConfig, WarmstartConfig, load_config
+from listopd_ray.models import end_ids, load_tokenizer
+from listopd_ray.roles.hf_engine import HfEngine
+from listopd_ray.roles.rollout import Generated, make_rollout
+from listopd_ray.roles.teacher import Teacher
+from listopd_ray.splits import answer_length, load_split
+from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic
+from listopd_ray.warmstart import warm_start
+
+TOLERANCE = 0.003
+STRUCTURE = ("opening", "separator", "closing")
+
+
+@pytest.fixture(scope="module")
+def noisy_warm_starts(
+    ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, dict[float, Path]]:
+    """Checkpoints by format noise."""
+    root = tmp_path_factory.mktemp("noise")
+    data = SyntheticConfig(
+        out=str(root / "data"), num_items=3, num_train=4000, num_eval=200, criteria=["rating"]
+    )
+    write_synthetic(data)
+    config = load_config(Config, [f"data.path={data.out}", f"cache={root / 'cache'}"])
+    paths = {}
+    for noise in (0.01, 0.05, 0.2):
+        recipe = WarmstartConfig(
+            num_steps=STEPS, batch_size=BATCH, lr=LR, format_noise=noise, warmup_steps=20
+        )
+        model = ModelConfig(num_layers=1, hidden_size=32, intermediate_size=64, warmstart=recipe)
+        paths[noise] = warm_start(dataclasses.replace(config, student=model), "student")
+    return config, paths
+
+
+@pytest.mark.parametrize(("teacher_noise", "base_noise"), [(0.01, 0.05), (0.05, 0.2)])
+def test_structural_masses_are_those_that_the_noise_of_the_warm_starts_allows(
+    noisy_warm_starts: tuple[Config, dict[float, Path]], teacher_noise: float, base_noise: float
+) -> None:
+    config, paths = noisy_warm_starts
+    base, tokenizer = paths[base_noise], load_tokenizer(paths[base_noise])
+    split = load_split(config, "eval", tokenizer)
+    engine = HfEngine(
+        model_path=str(base),
+        dtype="float32",
+        device="cpu",
+        end_ids=end_ids(base, tokenizer),
+        max_new_tokens=answer_length(tokenizer, split.examples),
+        batch_size=200,
+    )
+    requests = make_requests(split.prompts, 0, "calibrate")
+    completions = engine.generate(requests, greedy=False)
+    rollouts = [make_rollout(r, c, 0) for r, c in zip(requests, completions, strict=True)]
+    teacher = Teacher(
+        config.scoring, teacher_path=str(paths[teacher_noise]), dtype="float32", device="cpu"
+    )
+    teacher.use_base(str(base))
+    scored = teacher.score(Generated(rollouts=tuple(rollouts), seconds=0.0)).rollouts
+    evaluation = {"parse_rate": 0.5, "ndcg_at_1": None, "ndcg_at_1_interval": [None, None]}
+    prediction = predict(measure(scored), clip=2.0, warm_start=evaluation, teacher=evaluation)
+
+    def truth(noise: float) -> float:
+        """A noisy target is the right token after all once in V."""
+        return 1 - noise + noise / len(tokenizer)
+
+    for name in STRUCTURE:
+        row = prediction["classes"][name]
+        print(name, row["teacher_mass"], truth(teacher_noise), row["base_mass"], truth(base_noise))
+    for name in STRUCTURE:
+        row = prediction["classes"][name]
+        assert row["teacher_mass"] == pytest.approx(truth(teacher_noise), abs=TOLERANCE)
+        assert row["base_mass"] == pytest.approx(truth(base_noise), abs=TOLERANCE)
+        assert row["kind"] == "resolved"
