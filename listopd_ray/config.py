@@ -259,6 +259,7 @@ class StudySection:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     curves: dict[str, Curve] = field(default_factory=dict)  # in the order they are run
     only: list[str] = field(default_factory=list)  # curves to run this time; none: all
+    baselines: bool = False  # also judge what a user would do in place of extrapolation
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from listopd_ray.models import end_ids, load_tokenizer, model_hash
 from listopd_ray.prepare import Prepared, prepare, serving_arguments
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.splits import data_directory, load_split
-from listopd_ray.steering import read_prediction
+from listopd_ray.steering import predicted_threshold
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import dataset_hash
 from listopd_ray.tracking import Run, check_startable, check_unchanged, replace_file
@@ -45,7 +45,7 @@ def train_job(config: Config) -> dict[str, Any]:
     """One run from data to exported student; returns its summary."""
     check_startable(config)  # before minutes go into warm starts
     if config.prediction:
-        read_prediction(config)
+        predicted_threshold(config)
     prepared = prepare(config)
     with launch(config, **prepared.cluster_arguments()) as cluster:
         cluster.wait_until_ready()
@@ -91,14 +91,20 @@ def demo_job(config: Config) -> None:
 
 def evaluate_job(model: str, config: Config) -> None:
     """`listopd evaluate`: one checkpoint on the held-out prompts, as a table and JSON."""
+    result = evaluate_checkpoint(model, config)
+    rows = {"sampled, T = 1": [result], "greedy": [result["greedy"]]}
+    rich.print(results_table(f"{model} on {result['num_prompts']} held-out prompts", rows))
+    print(json.dumps(result))
+
+
+def evaluate_checkpoint(model: str, config: Config) -> dict[str, Any]:
+    """`evaluate` with an engine of its own."""
     tokenizer = load_tokenizer(model)
     split = load_split(config, "eval", tokenizer)
     text = TokenText(tokenizer, end_ids(model, tokenizer))
     with serve(config, **serving_arguments(model, config, tokenizer, split)) as workers:
         result, _ = evaluate(workers, split, text, config.evaluation.num_prompts)
-    rows = {"sampled, T = 1": [result], "greedy": [result["greedy"]]}
-    rich.print(results_table(f"{model} on {result['num_prompts']} held-out prompts", rows))
-    print(json.dumps(result))
+    return result
 
 
 def distill(config: Config, prepared: Prepared, cluster: Cluster) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Steering:
             margin=config.governor.margin,
             decay=config.governor.decay,
             caps=config.governor.enabled or config.lam == "auto",
-            lambda_star=read_prediction(config).get("lambda_star") if config.prediction else None,
+            predicted=predicted_threshold(config) if config.prediction else None,
         )
         self._alarm = Alarm(
             clip=config.clip,
@@ -81,8 +81,11 @@ class Steering:
         self._reason, self._warned = None, False
 
 
-def read_prediction(config: Config) -> dict[str, Any]:
-    """The prediction file of a run; raises ListopdError where it is none or of another clip."""
+def predicted_threshold(config: Config) -> float | None:
+    """The smaller of λ* and escape in the run's prediction file; None where it has neither.
+
+    Raises ListopdError where the file is none, or is of another clip.
+    """
     file = Path(config.prediction or "")
     try:
         prediction = json.loads(file.read_text(encoding="utf-8"))
@@ -97,4 +100,5 @@ def read_prediction(config: Config) -> dict[str, Any]:
         raise ListopdError(
             f"prediction: {file}: is for c = {clip:g}, the run has c = {config.clip:g}"
         )
-    return prediction
+    thresholds = (prediction["lambda_star"], prediction.get("escape"))
+    return min((value for value in thresholds if value is not None), default=None)

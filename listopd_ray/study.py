@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from listopd_ray.baselines import run_baselines
 from listopd_ray.calibrate import Measured, make_prediction, print_prediction
 from listopd_ray.cliff.calibration import scale_prediction
 from listopd_ray.cliff.verdict import budget_prediction, judge, measure_onset
@@ -62,7 +63,8 @@ def study_job(config: StudyConfig) -> None:
             predictor = Predictor(config, slots)
             for name, curve in chosen.items():
                 failed += run_curve(config, name, curve, slots, predictor)
-    rows = [row for name in study.curves for row in read_rows(config, name)]
+        baselines = list(_baselines(config)) if study.baselines else []
+    rows = [row for name in study.curves for row in read_rows(config, name)] + baselines
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_file(directory / "trials.jsonl", lines)
     write_report(directory, study_verdict(directory, rows), rows)
@@ -193,7 +195,7 @@ def grid(lambda_star: float | None, curve: Curve) -> list[float]:
 def study_verdict(directory: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """`tests` and the onset of every whole curve, from predictions and trials on disk."""
     tests, curves = [], {}
-    for name in dict.fromkeys(row["curve"] for row in rows):
+    for name in dict.fromkeys(row["curve"] for row in rows if row["lam"] is not None):
         of_curve = [row for row in rows if row["curve"] == name]
         try:
             curves[name] = measure_onset(of_curve)
@@ -262,6 +264,15 @@ def _finished_elsewhere(config: StudyConfig, name: str) -> dict[str, Path]:
             if summary.exists():
                 finished[_identity(trial)] = summary
     return finished
+
+
+def _baselines(config: StudyConfig) -> Iterator[dict[str, Any]]:
+    """Rows of the seeds whose λ = 1 run is finished."""
+    finished = _finished_elsewhere(config, "")
+    for trial in _trials(config, "", Curve(), [1.0]):
+        if summary := finished.get(_identity(trial)):
+            directory = run_directory(config) / "baselines"
+            yield from run_baselines(trial, summary.parent, directory)
 
 
 def _identity(trial: Config) -> str:

@@ -74,13 +74,16 @@ def curve_table(name: str, rows: Sequence[Mapping[str, Any]], verdict: Mapping[s
         "| λ | strict parse | NDCG@1 of parsed | NDCG@K, unparsed 0 | failures by reason | s |",
         "|---|---|---|---|---|---|",
     ]
-    for lam in sorted({row["lam"] for row in rows}):
+    for lam in sorted({row["lam"] for row in rows}, key=lambda lam: lam or 0):
         at = [row for row in rows if row["lam"] == lam]
         reasons = failures(at)
         listed = ", ".join(f"{reason} {share:.2f}" for reason, share in reasons.items() if share)
         cells = [_mean(at, key) for key in ("parse_rate", "ndcg_at_1", "ndcg_at_k_all")]
         seconds = sum(row["seconds"] for row in at) / len(at)
-        lines.append(f"| {lam:g} | {' | '.join(cells)} | {listed} | {seconds:.0f} |")
+        worked = sum(row.get("mean_lam") or 0 for row in at) / len(at)
+        governed = lam is not None and abs(worked - lam) > 1e-9
+        shown = "–" if lam is None else f"{lam:g}" + (f" (mean {worked:.3f})" if governed else "")
+        lines.append(f"| {shown} | {' | '.join(cells)} | {listed} | {seconds:.0f} |")
     return "\n".join(lines) + "\n"
 
 

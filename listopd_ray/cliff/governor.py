@@ -2,7 +2,8 @@
 
 λ* of a class is `threshold.lambda_star` at its averaged masses. The binding class is the unresolved
 one (base mass below ½) with the smallest λ*. A resolved class only sharpens when λ* is crossed, so
-it binds nothing; a class with p ≤ b has no λ*.
+it binds nothing; a class with p ≤ b has no λ*. The cap stays below λ* and below the escape
+threshold of the binding class, here with the student itself where a prediction has only the base.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from listopd_ray.cliff.threshold import lambda_star, logit, safe_lam
+from listopd_ray.cliff.threshold import escape, lambda_star, logit, safe_lam
 from listopd_ray.types import ListopdError, TokenClass
 
 CLASSES = tuple(c.name.lower() for c in TokenClass if c != TokenClass.STRAY)
@@ -47,18 +48,18 @@ class Governor:
     """Caps λ where `caps` says so; measures either way.
 
     `decay` in [0, 1) is the weight that an average keeps per step, `margin` in [0, 1) the share of
-    λ* − 1 that the cap stays away from λ*. `lambda_star` is a predicted λ*, used as long as the run
-    has measured none; None: nothing is known.
+    the threshold's distance from 1 that the cap stays away from it. `predicted` is a threshold that
+    holds as long as the run has measured none; None: nothing is known.
     """
 
     def __init__(
-        self, *, clip: float, margin: float, decay: float, caps: bool, lambda_star: float | None
+        self, *, clip: float, margin: float, decay: float, caps: bool, predicted: float | None
     ) -> None:
         self._clip = clip
         self._margin = margin
         self._decay = decay
         self._caps = caps
-        self._predicted = lambda_star
+        self._predicted = predicted
         self._averages: dict[str, Average] = {}  # of teacher_, base_, student_ and gap_<class>
 
     @property
@@ -75,7 +76,10 @@ class Governor:
         """
         lam = requested
         if self._caps:
-            known = min(self._lambda_stars().values(), default=self._predicted)
+            binding = self.binding_class
+            known = self._predicted
+            if binding is not None:
+                known = min(self._lambda_stars()[binding], self._escape(binding))
             lam = min(requested, 1.0 if known is None else safe_lam(known, self._margin))
         if math.isinf(lam):
             raise ListopdError("lam: 'auto' finds no finite λ* to stay below")
@@ -90,6 +94,9 @@ class Governor:
                 for owner in ("teacher", "base", "student")
                 if (key := f"cliff/{owner}_mass_{name}") in metrics
             }
+            for kind in ("log_ratio", "clipped_log_ratio"):
+                if (key := f"cliff/{kind}_{name}") in metrics:
+                    readings[f"{kind}_{name}"] = metrics[key]
             if f"base_{name}" in readings:
                 p, b = readings[f"teacher_{name}"], readings[f"base_{name}"]
                 readings[f"gap_{name}"] = logit(_inside(p)) - logit(_inside(b))
@@ -116,6 +123,14 @@ class Governor:
         masses = {name: self._masses(name) for name in measured}
         return {n: lambda_star(p, b, self._clip) for n, (p, b) in masses.items() if b < min(0.5, p)}
 
+    def _escape(self, name: str) -> float:
+        """Escape threshold of a class, ∞ where it was not measured."""
+        keys = f"log_ratio_{name}", f"clipped_log_ratio_{name}"
+        if not all(key in self._averages for key in keys):
+            return math.inf
+        log_ratio, clipped = (self._averages[key].mean for key in keys)
+        return escape(log_ratio, clipped, self._clip)
+
     def _lambda_star_metrics(self, lam: float) -> dict[str, float]:
         """λ* of the binding class, its interval (by the spread of the gap), and where λ stands."""
         binding = self.binding_class
@@ -128,6 +143,8 @@ class Governor:
             "cliff/drive": (lam - 1) / (star - 1),
             "cliff/headroom": star - lam,
         }
+        if math.isfinite(found := self._escape(binding)):
+            metrics["cliff/escape"] = found
         half = self._averages[f"gap_{binding}"].half_width()
         if half is not None:
             metrics["cliff/lambda_star_low"] = 1 + math.log(self._clip) / (gap + half)

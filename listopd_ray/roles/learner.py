@@ -215,7 +215,6 @@ def _concatenate(rollouts: Sequence[ScoredRollout], field: str) -> np.ndarray:
 def _metrics(columns: dict[str, np.ndarray], clip: float) -> dict[str, float]:
     """Scalars of one update from its per-token columns."""
     gap = columns["teacher"] - columns["learner"]
-    is_clipped = np.abs(gap) >= math.log(clip)
     mismatch = columns["learner"] - columns["sampler"]
     ratio = np.exp(mismatch)
     metrics: dict[str, Any] = {
@@ -224,18 +223,19 @@ def _metrics(columns: dict[str, np.ndarray], clip: float) -> dict[str, float]:
         "kl/reverse": -gap.mean(),
         "kl/mismatch": -mismatch.mean(),
         "kl/mismatch_max": np.abs(mismatch).max(),
-        "loss/clip_fraction": is_clipped.mean(),
+        "loss/clip_fraction": (np.abs(gap) >= math.log(clip)).mean(),
         "loss/importance_ratio_max": ratio.max(),
         "loss/effective_sample_size": _effective_sample_size(ratio),
     }
-    metrics |= _class_metrics(columns, is_clipped, ratio)
+    metrics |= _class_metrics(columns, gap, ratio, math.log(clip))
     return {name: float(value) for name, value in metrics.items()}
 
 
 def _class_metrics(
-    columns: dict[str, np.ndarray], is_clipped: np.ndarray, ratio: np.ndarray
+    columns: dict[str, np.ndarray], gap: np.ndarray, ratio: np.ndarray, bound: float
 ) -> dict[str, Any]:
-    """By contract class: clipping, sample size, and p, b and q, the masses on the teacher's modal
+    """By contract class: clipping (of `gap`, log π_T − log π_θ, to ±`bound`), sample size, the mean
+    drive and force that `threshold.escape` takes, and p, b and q, the masses on the teacher's modal
     token."""
     metrics: dict[str, Any] = {}
     owners = {"teacher": "teacher_modal", "base": "base_modal", "student": "student_modal"}
@@ -244,7 +244,11 @@ def _class_metrics(
         if token_class == TokenClass.STRAY or not where.any():
             continue
         name = token_class.name.lower()
-        metrics[f"loss/clip_fraction_{name}"] = is_clipped[where].mean()
+        metrics[f"loss/clip_fraction_{name}"] = (np.abs(gap[where]) >= bound).mean()
+        metrics[f"cliff/clipped_log_ratio_{name}"] = gap[where].clip(-bound, bound).mean()
+        if "base" in columns:
+            log_ratio = columns["teacher"][where] - columns["base"][where]
+            metrics[f"cliff/log_ratio_{name}"] = log_ratio.mean()
         metrics[f"loss/effective_sample_size_{name}"] = _effective_sample_size(ratio[where])
         for owner, column in owners.items():
             if column in columns:

@@ -12,7 +12,7 @@ ITEM_STAR = 1 + math.log(2) / (math.log(0.7 / 0.3) - math.log(0.35 / 0.65))  # c
 
 
 def governor(**changes):
-    options = {"clip": 2.0, "margin": 0.1, "decay": 0.9, "caps": True, "lambda_star": None}
+    options = {"clip": 2.0, "margin": 0.1, "decay": 0.9, "caps": True, "predicted": None}
     return Governor(**options | changes)
 
 
@@ -122,7 +122,7 @@ def test_the_binding_class_is_the_unresolved_one_with_the_smallest_lambda_star()
     "masses", [(0.99, 0.5, 0.9), (0.3, 0.3, 0.3), (0.2, 0.3, 0.2), (0.7, None, 0.4)]
 )
 def test_without_an_unresolved_class_that_gains_only_tail_masses_are_reported(masses):
-    measured = governor(lambda_star=1.5)
+    measured = governor(predicted=1.5)
     metrics = measured.update(step_metrics(item_id=masses), lam=1.0)
     assert metrics == {"cliff/tail_mass_item_id": pytest.approx(1 - masses[2])}
     assert measured.binding_class is None
@@ -139,7 +139,7 @@ def test_a_class_missing_in_a_step_keeps_its_averages():
 
 
 def test_the_prediction_caps_until_the_run_has_measured():
-    predicted = governor(lambda_star=1.5, margin=0.2)
+    predicted = governor(predicted=1.5, margin=0.2)
     assert predicted.working_lam(2.0) == pytest.approx(1.4)
     assert predicted.working_lam(math.inf) == pytest.approx(1.4)
     predicted.update(step_metrics(item_id=(0.7, 0.35, 0.4)), lam=1.4)
@@ -153,13 +153,13 @@ def test_with_nothing_known_lambda_is_capped_at_one():
 
 def test_a_request_below_the_cap_or_without_the_governor_passes_unchanged():
     requested = 1.1 + 1e-15
-    assert governor(lambda_star=1.5).working_lam(requested) == requested
-    off = governor(caps=False, lambda_star=1.5)
+    assert governor(predicted=1.5).working_lam(requested) == requested
+    off = governor(caps=False, predicted=1.5)
     off.update(step_metrics(item_id=(0.7, 0.35, 0.4)), lam=3.0)
     assert off.working_lam(7.1) == 7.1
 
 
-@pytest.mark.parametrize("changes", [{"caps": False}, {"lambda_star": math.inf}])
+@pytest.mark.parametrize("changes", [{"caps": False}, {"predicted": math.inf}])
 def test_auto_without_a_finite_cap_is_an_error(changes):
     with pytest.raises(ListopdError, match="no finite λ"):
         governor(**changes).working_lam(math.inf)
@@ -192,3 +192,21 @@ def test_a_restored_governor_continues_bit_for_bit():
         assert first.working_lam(9.0) == second.working_lam(9.0)
         assert first.update(metrics, lam=1.1) == second.update(metrics, lam=1.1)
         assert first.state() == second.state()
+
+
+def test_the_cap_stays_below_the_escape_threshold_too():
+    measured = governor(margin=0.2)
+    metrics = step_metrics(item_id=(0.7, 0.35, 0.4), separator=(0.99, 0.95, 0.96))
+    # A mean advantage of −0.3 − 3(λ − 1), against −log 2: the binding class has 0.131 of room.
+    metrics |= {"cliff/log_ratio_item_id": -3.0, "cliff/clipped_log_ratio_item_id": -0.3}
+    metrics |= {"cliff/log_ratio_separator": -9.0, "cliff/clipped_log_ratio_separator": -0.6}
+    seen = measured.update(metrics, lam=1.0)
+    escape = 1 + (math.log(2) - 0.3) / 3
+    assert seen["cliff/escape"] == pytest.approx(escape, rel=1e-12)
+    assert escape < ITEM_STAR
+    assert measured.working_lam(3.0) == pytest.approx(1 + 0.8 * (escape - 1), rel=1e-12)
+    assert governor(caps=False).working_lam(3.0) == 3.0
+    # Where λ* is the smaller one it decides.
+    far = governor(margin=0.2)
+    far.update(metrics | {"cliff/log_ratio_item_id": -0.5}, lam=1.0)
+    assert far.working_lam(3.0) == pytest.approx(1 + 0.8 * (ITEM_STAR - 1), rel=1e-12)

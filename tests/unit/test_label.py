@@ -1,7 +1,7 @@
 import itertools
 
 import pytest
-from fakes import FakeWorkers
+from fakes import FakeLearner, FakeWorkers
 
 from listopd_ray.label import label_examples, relevance_of
 from listopd_ray.models import encode_prompt
@@ -35,7 +35,7 @@ def test_labels_are_the_greedy_rankings_and_broken_outputs_are_counted(
 ):
     events = []
     workers = FakeWorkers(events, tokenizer)
-    workers.load_weights({"policy_version": 0, "theta": 0.0})
+    workers.load_weights(FakeLearner(events).publish_weights())
     del events[:]
     text = TokenText(tokenizer, [tokenizer.eos_token_id])
     labelled, dropped = label_examples(workers, split, text, chunk_size)

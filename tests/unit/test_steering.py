@@ -4,7 +4,7 @@ import math
 import pytest
 
 from listopd_ray.config import AlarmConfig, Config, GovernorConfig, Schedule, schedule_value
-from listopd_ray.steering import Steering, read_prediction
+from listopd_ray.steering import Steering, predicted_threshold
 from listopd_ray.types import ListopdError
 
 P, B = 0.7, 0.35
@@ -107,7 +107,7 @@ def test_a_prediction_that_is_none_of_this_run_ends_in_one_line(
 ):
     file = tmp_path / "prediction.json" if content is None else write_prediction(content)
     config = Config(prediction=str(file), clip=2.0)
-    for read in (read_prediction, lambda config: Steering(config, 0)):
+    for read in (predicted_threshold, lambda config: Steering(config, 0)):
         with pytest.raises(ListopdError) as raised:
             read(config)
         assert str(raised.value) == f"prediction: {file}: {words}"

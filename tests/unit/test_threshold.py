@@ -14,6 +14,7 @@ from listopd_ray.cliff.threshold import (
     clip_exit,
     clip_for,
     effective_gap,
+    escape,
     fixed_point,
     is_clip_safe,
     lambda_star,
@@ -459,3 +460,30 @@ def test_thresholds_need_nothing_but_the_standard_library():
         "sys.exit(any(name in sys.modules for name in ('numpy', 'torch', 'ray')))"
     )
     subprocess.run([sys.executable, "-c", program, threshold.__file__], check=True)
+
+
+def test_escape_is_where_the_mean_advantage_meets_the_deepest_penalty_of_the_clip():
+    # Two ids, one that the teacher is sure of: masses of teacher and student, c = 2.
+    teacher, student = (0.96, 0.04), (0.5, 0.5)
+    ratios = [math.log(t / s) for t, s in zip(teacher, student, strict=True)]
+    log_ratio = sum(s * r for s, r in zip(student, ratios, strict=True))
+    clipped = sum(
+        s * max(-math.log(2), min(math.log(2), r)) for s, r in zip(student, ratios, strict=True)
+    )
+    lam = escape(log_ratio, clipped, 2.0)
+    assert lam == pytest.approx(1 + (math.log(2) + clipped) / -log_ratio)
+    mean_advantage = sum(
+        s * (max(-math.log(2), min(math.log(2), r)) + (lam - 1) * r)
+        for s, r in zip(student, ratios, strict=True)
+    )
+    assert mean_advantage == pytest.approx(-math.log(2))
+
+
+def test_escape_has_its_limits_and_refuses_what_no_clip_gives():
+    assert escape(0.0, 0.1, 2.0) == escape(0.5, 0.1, 2.0) == math.inf  # no negative drive
+    assert escape(-1.0, -math.log(2), 2.0) == 1.0  # at the bound without any drive
+    assert escape(-1e9, 0.0, 2.0) == pytest.approx(1.0)
+    assert escape(-1.0, 0.0, 1.0) == 1.0
+    for arguments in ((math.nan, 0.0, 2.0), (-1.0, math.nan, 2.0), (-1.0, 0.7, 2.0), (-1, 0, 0.9)):
+        with pytest.raises(ValueError, match="must lie in"):
+            escape(*arguments)
