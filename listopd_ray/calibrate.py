@@ -140,7 +140,7 @@ def print_prediction(prediction: dict[str, Any]) -> None:
         )
     if prediction.get("escape") is not None:
         low, high = prediction["escape_low"], prediction["escape_high"]
-        print(f"escape = {prediction['escape']:.3f} [{low:.3f}, {high:.3f}]")
+        print(f"escape = {prediction['escape']:.3f} [{low:.3f}, {high:.3f}], first id")
     for reason in prediction.get("out_of_scope", []):
         print(f"out of scope: {reason}")
 
@@ -148,14 +148,14 @@ def print_prediction(prediction: dict[str, Any]) -> None:
 def _class_table(prediction: dict[str, Any]) -> Table:
     title = f"{prediction['num_outputs']} outputs on {prediction['num_prompts']} held-out prompts"
     table = Table(title=title)
-    for column in ("class", "p (teacher)", "b (base)", "", "λ*", "clip exit", "runaway", "escape"):
+    for column in ("class", "p (teacher)", "b (base)", "", "λ*", "clip exit", "runaway"):
         table.add_column(column, justify="left" if column in ("class", "") else "right")
     for name, row in prediction["classes"].items():
         masses = [
             f"{row[key]:.3f} [{row[f'{key}_interval'][0]:.3f}, {row[f'{key}_interval'][1]:.3f}]"
             for key in ("teacher_mass", "base_mass")
         ]
-        keys = ("lambda_star", "clip_exit", "runaway", "escape")
+        keys = ("lambda_star", "clip_exit", "runaway")
         thresholds = ["–" if row.get(key) is None else f"{row[key]:.3f}" for key in keys]
         table.add_row(name, *masses, row["kind"], *thresholds)
     return table

@@ -22,7 +22,7 @@ from listopd_ray.models import end_ids, load_tokenizer, model_hash
 from listopd_ray.prepare import Prepared, prepare, serving_arguments
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.splits import data_directory, load_split
-from listopd_ray.steering import predicted_threshold
+from listopd_ray.steering import check_prediction, read_prediction
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import dataset_hash
 from listopd_ray.tracking import Run, check_startable, check_unchanged, replace_file
@@ -45,7 +45,7 @@ def train_job(config: Config) -> dict[str, Any]:
     """One run from data to exported student; returns its summary."""
     check_startable(config)  # before minutes go into warm starts
     if config.prediction:
-        predicted_threshold(config)
+        read_prediction(config)
     prepared = prepare(config)
     with launch(config, **prepared.cluster_arguments()) as cluster:
         cluster.wait_until_ready()
@@ -110,7 +110,10 @@ def evaluate_checkpoint(model: str, config: Config) -> dict[str, Any]:
 def distill(config: Config, prepared: Prepared, cluster: Cluster) -> dict[str, Any]:
     """Train one student on a running cluster and write its run directory; returns the summary."""
     start = time.perf_counter()
-    digest = _digest(config.prediction)
+    digest = None
+    if config.prediction:
+        check_prediction(config, prepared.hashes)
+        digest = hashlib.sha256(Path(config.prediction).read_bytes()).hexdigest()
     hashes = prepared.hashes | ({"prediction": digest} if digest else {})
     with Run(config, hashes) as run:
         learner = cluster.start_learner(
@@ -139,13 +142,6 @@ def distill(config: Config, prepared: Prepared, cluster: Cluster) -> dict[str, A
         (student / "README.md").write_text(model_card(config, summary), encoding="utf-8")
         run.finish(summary)
     return summary
-
-
-def _digest(prediction: str | None) -> str | None:
-    try:
-        return hashlib.sha256(Path(prediction).read_bytes()).hexdigest() if prediction else None
-    except OSError as error:
-        raise ListopdError(f"prediction: {prediction}: {error.strerror}") from None
 
 
 def teacher_evaluation(config: Config, prepared: Prepared, teacher: TeacherPool) -> dict[str, Any]:

@@ -86,6 +86,21 @@ def predicted_threshold(config: Config) -> float | None:
 
     Raises ListopdError where the file is none, or is of another clip.
     """
+    prediction = read_prediction(config)
+    thresholds = (prediction["lambda_star"], prediction.get("escape"))
+    return min((value for value in thresholds if value is not None), default=None)
+
+
+def check_prediction(config: Config, hashes: dict[str, str]) -> None:
+    """Raises ListopdError where the prediction speaks of other data or models than the run's."""
+    made_for = read_prediction(config).get("hashes", {})
+    for name in ("data", "teacher", "warm_start"):
+        if name in made_for and hashes[name] not in made_for[name]:
+            raise ListopdError(f"prediction: {config.prediction}: was made for another {name}")
+
+
+def read_prediction(config: Config) -> dict[str, Any]:
+    """The run's prediction file, for this clip; raises ListopdError where it is none."""
     file = Path(config.prediction or "")
     try:
         prediction = json.loads(file.read_text(encoding="utf-8"))
@@ -100,5 +115,4 @@ def predicted_threshold(config: Config) -> float | None:
         raise ListopdError(
             f"prediction: {file}: is for c = {clip:g}, the run has c = {config.clip:g}"
         )
-    thresholds = (prediction["lambda_star"], prediction.get("escape"))
-    return min((value for value in thresholds if value is not None), default=None)
+    return prediction

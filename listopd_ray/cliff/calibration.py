@@ -36,7 +36,7 @@ class Masses:
     """What was measured on P prompts, by class."""
 
     sums: dict[str, np.ndarray]  # [P, 3]: positions, Σ teacher mass, Σ base mass of each prompt
-    log_ratios: dict[str, np.ndarray]  # [n, 2]: prompt's row, log π_T/π_B of a sampled token (nats)
+    log_ratios: np.ndarray  # [n, 2]: prompt's row, log π_T/π_B of a sampled first id (nats)
     per_output: dict[str, int]  # positions in an output; of the longest measured
     num_outputs: int
 
@@ -48,7 +48,7 @@ def measure(scored: Sequence[ScoredRollout]) -> Masses:
     names = [token_class.name.lower() for token_class in CLASSES]
     sums = {name: np.zeros((len(prompts), 3)) for name in (*names, UNUSED_ID)}
     per_output = dict.fromkeys(sums, 0)
-    ratios: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    log_ratios = []
 
     def add(name: str, row: int, pair: np.ndarray) -> None:
         """The masses [2, n] of an output's n positions of a class."""
@@ -57,19 +57,20 @@ def measure(scored: Sequence[ScoredRollout]) -> Masses:
 
     for part in scored:
         row = row_of[part.rollout.prompt.id]
-        assert part.base_modal_logprobs is not None and part.base_unused_mass is not None
-        ratio = part.teacher_logprobs - part.base_logprobs
+        assert part.base_logprobs is not None and part.base_modal_logprobs is not None
+        assert part.base_unused_mass is not None
         logprobs = np.array([part.teacher_modal_logprobs, part.base_modal_logprobs])  # [2, T]
         pair = np.exp(logprobs.clip(max=0.0).astype(np.float64))  # rounded above 1 is still 1
         for token_class, name in zip(CLASSES, names, strict=True):
-            where = part.token_classes == token_class
-            add(name, row, pair[:, where])
-            ratios[name].append(np.stack([np.full(where.sum(), row), ratio[where]], axis=1))
+            add(name, row, pair[:, part.token_classes == token_class])
         unused = np.array([part.teacher_unused_mass, part.base_unused_mass]).clip(max=1.0)
-        add(UNUSED_ID, row, unused[:, ~np.isnan(unused[0])])
+        ids = np.flatnonzero(~np.isnan(unused[0]))
+        add(UNUSED_ID, row, unused[:, ids])
+        for first in ids[:1]:
+            log_ratios.append((row, part.teacher_logprobs[first] - part.base_logprobs[first]))
     return Masses(
         sums=sums,
-        log_ratios={name: np.concatenate(parts) for name, parts in ratios.items()},
+        log_ratios=np.array(log_ratios, dtype=np.float64).reshape(-1, 2),
         per_output=per_output,
         num_outputs=len(scored),
     )
@@ -80,10 +81,7 @@ def pool(measured: Sequence[Masses]) -> Masses:
     names = measured[0].sums
     return Masses(
         sums={name: np.sum([masses.sums[name] for masses in measured], axis=0) for name in names},
-        log_ratios={
-            name: np.concatenate([masses.log_ratios[name] for masses in measured])
-            for name in measured[0].log_ratios
-        },
+        log_ratios=np.concatenate([masses.log_ratios for masses in measured]),
         per_output={name: max(masses.per_output[name] for masses in measured) for name in names},
         num_outputs=sum(masses.num_outputs for masses in measured),
     )
@@ -111,10 +109,6 @@ def predict(
         for name, sums in masses.sums.items()
         if sums[:, 0].sum() > 0
     }
-    if math.isfinite(clip):
-        for name, ratios in masses.log_ratios.items():
-            if name in classes:
-                classes[name] |= _escape_row(ratios, weights, clip)
     unresolved = {
         name: row
         for name, row in classes.items()
@@ -126,6 +120,7 @@ def predict(
     return {
         "kind": "apriori",
         **{name: _finite(chosen.get(name)) for name in ROW_OF_BINDING},
+        **{name: _finite(value) for name, value in _escape(masses, weights, clip).items()},
         "binding_class": binding,
         "clip": _finite(clip),
         "in_scope": not reasons,
@@ -147,9 +142,6 @@ ROW_OF_BINDING = (
     "lambda_star_high",
     "clip_exit",
     "runaway",
-    "escape",
-    "escape_low",
-    "escape_high",
     "teacher_mass",
     "base_mass",
 )
@@ -206,24 +198,26 @@ def _class_row(
     return row
 
 
-def _escape_row(ratios: np.ndarray, weights: np.ndarray, clip: float) -> dict[str, Any]:
-    """The escape threshold of a class with its bootstrap interval over prompts."""
+def _escape(masses: Masses, weights: np.ndarray, clip: float) -> dict[str, Any]:
+    """The escape threshold with its interval, and what it rests on.
+
+    At the first id, where the student knows least: a later one is easier, the more so the fewer
+    items are left.
+    """
+    names = ("escape", "escape_low", "escape_high", "first_log_ratio", "first_clipped_log_ratio")
+    if math.isinf(clip) or not len(masses.log_ratios):
+        return dict.fromkeys(names)
     bound = math.log(clip)
-    rows, ratio = ratios[:, 0].astype(np.int64), ratios[:, 1].astype(np.float64)
+    rows, ratio = masses.log_ratios[:, 0].astype(np.int64), masses.log_ratios[:, 1]
     columns = (np.ones_like(ratio), ratio, ratio.clip(-bound, bound))
-    num_prompts = weights.shape[1]
-    sums = np.stack([np.bincount(rows, column, num_prompts) for column in columns], axis=1)
-    count, total, clipped = sums.sum(axis=0)
+    sums = np.stack([np.bincount(rows, c, weights.shape[1]) for c in columns], axis=1)
+    count, total, clipped = sums.sum(axis=0).tolist()
     draws = weights @ sums  # [resamples, 3]
     draws = draws[draws[:, 0] > 0]
-    low, high = _interval([escape(d / n, i / n, clip) for n, d, i in draws.tolist()])
-    return {
-        "log_ratio": total / count,
-        "clipped_log_ratio": clipped / count,
-        "escape": escape(total / count, clipped / count, clip),
-        "escape_low": low,
-        "escape_high": high,
-    }
+    interval = _interval([escape(d / n, i / n, clip) for n, d, i in draws.tolist()])
+    log_ratio, clipped_log_ratio = total / count, clipped / count
+    values = (escape(log_ratio, clipped_log_ratio, clip), *interval, log_ratio, clipped_log_ratio)
+    return dict(zip(names, values, strict=True))
 
 
 def _out_of_scope(

@@ -3,7 +3,7 @@
 λ* of a class is `threshold.lambda_star` at its averaged masses. The binding class is the unresolved
 one (base mass below ½) with the smallest λ*. A resolved class only sharpens when λ* is crossed, so
 it binds nothing; a class with p ≤ b has no λ*. The cap stays below λ* and below the escape
-threshold of the binding class, here with the student itself where a prediction has only the base.
+threshold at the first id, here with the student itself where a prediction has only the base.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from listopd_ray.cliff.threshold import escape, lambda_star, logit, safe_lam
 from listopd_ray.types import ListopdError, TokenClass
 
 CLASSES = tuple(c.name.lower() for c in TokenClass if c != TokenClass.STRAY)
+FIRST_ID = ("cliff/first_log_ratio", "cliff/first_clipped_log_ratio")  # D and I of `escape`
 SMALLEST_MASS = 1e-7  # of a float32 mean; masses stay this far from 0 and 1, so logits are finite
 NORMAL_95 = 1.959964  # half-width of the 95 % interval in standard errors
 
@@ -76,10 +77,7 @@ class Governor:
         """
         lam = requested
         if self._caps:
-            binding = self.binding_class
-            known = self._predicted
-            if binding is not None:
-                known = min(self._lambda_stars()[binding], self._escape(binding))
+            known = min(self._thresholds(), default=self._predicted)
             lam = min(requested, 1.0 if known is None else safe_lam(known, self._margin))
         if math.isinf(lam):
             raise ListopdError("lam: 'auto' finds no finite λ* to stay below")
@@ -94,9 +92,6 @@ class Governor:
                 for owner in ("teacher", "base", "student")
                 if (key := f"cliff/{owner}_mass_{name}") in metrics
             }
-            for kind in ("log_ratio", "clipped_log_ratio"):
-                if (key := f"cliff/{kind}_{name}") in metrics:
-                    readings[f"{kind}_{name}"] = metrics[key]
             if f"base_{name}" in readings:
                 p, b = readings[f"teacher_{name}"], readings[f"base_{name}"]
                 readings[f"gap_{name}"] = logit(_inside(p)) - logit(_inside(b))
@@ -104,7 +99,12 @@ class Governor:
                 self._averages.setdefault(key, Average()).add(reading, self._decay)
             if f"student_{name}" in self._averages:
                 tails[f"cliff/tail_mass_{name}"] = 1 - self._averages[f"student_{name}"].mean
-        return tails | self._lambda_star_metrics(lam)
+        for key in FIRST_ID:
+            if key in metrics:
+                self._averages.setdefault(key, Average()).add(metrics[key], self._decay)
+        found = self._escape()
+        escapes = {"cliff/escape": found} if found is not None and math.isfinite(found) else {}
+        return tails | escapes | self._lambda_star_metrics(lam)
 
     def state(self) -> dict[str, Any]:
         return {key: asdict(average) for key, average in self._averages.items()}
@@ -123,13 +123,17 @@ class Governor:
         masses = {name: self._masses(name) for name in measured}
         return {n: lambda_star(p, b, self._clip) for n, (p, b) in masses.items() if b < min(0.5, p)}
 
-    def _escape(self, name: str) -> float:
-        """Escape threshold of a class, ∞ where it was not measured."""
-        keys = f"log_ratio_{name}", f"clipped_log_ratio_{name}"
-        if not all(key in self._averages for key in keys):
-            return math.inf
-        log_ratio, clipped = (self._averages[key].mean for key in keys)
+    def _escape(self) -> float | None:
+        """The escape threshold, None where it was not measured."""
+        if not self._averages.keys() >= set(FIRST_ID) or math.isinf(self._clip):
+            return None
+        log_ratio, clipped = (self._averages[key].mean for key in FIRST_ID)
         return escape(log_ratio, clipped, self._clip)
+
+    def _thresholds(self) -> list[float]:
+        """All that λ has to stay below."""
+        found = self._escape()
+        return [*self._lambda_stars().values(), *([] if found is None else [found])]
 
     def _lambda_star_metrics(self, lam: float) -> dict[str, float]:
         """λ* of the binding class, its interval (by the spread of the gap), and where λ stands."""
@@ -143,8 +147,6 @@ class Governor:
             "cliff/drive": (lam - 1) / (star - 1),
             "cliff/headroom": star - lam,
         }
-        if math.isfinite(found := self._escape(binding)):
-            metrics["cliff/escape"] = found
         half = self._averages[f"gap_{binding}"].half_width()
         if half is not None:
             metrics["cliff/lambda_star_low"] = 1 + math.log(self._clip) / (gap + half)

@@ -204,8 +204,15 @@ class Learner:
         columns["learner"] = learner.detach().cpu().numpy()
         columns["advantage"] = advantages.cpu().numpy()
         columns["student_modal"] = student_modal.cpu().numpy()
+        columns["is_first_id"] = np.concatenate([_first_id(r) for r in rollouts])
         columns["loss"] = np.full(1, loss.item(), dtype=np.float64)
         return loss, columns
+
+
+def _first_id(rollout: ScoredRollout) -> np.ndarray:
+    """[T] bool: where the first id of the answer is due."""
+    is_due = ~np.isnan(rollout.teacher_unused_mass)
+    return is_due & (np.cumsum(is_due) == 1)
 
 
 def _concatenate(rollouts: Sequence[ScoredRollout], field: str) -> np.ndarray:
@@ -234,9 +241,8 @@ def _metrics(columns: dict[str, np.ndarray], clip: float) -> dict[str, float]:
 def _class_metrics(
     columns: dict[str, np.ndarray], gap: np.ndarray, ratio: np.ndarray, bound: float
 ) -> dict[str, Any]:
-    """By contract class: clipping (of `gap`, log π_T − log π_θ, to ±`bound`), sample size, the mean
-    drive and force that `threshold.escape` takes, and p, b and q, the masses on the teacher's modal
-    token."""
+    """By contract class: clipping (of `gap`, log π_T − log π_θ, to ±`bound`), sample size, and p, b
+    and q, the masses on the teacher's modal token; and what `threshold.escape` takes."""
     metrics: dict[str, Any] = {}
     owners = {"teacher": "teacher_modal", "base": "base_modal", "student": "student_modal"}
     for token_class in TokenClass:
@@ -245,14 +251,14 @@ def _class_metrics(
             continue
         name = token_class.name.lower()
         metrics[f"loss/clip_fraction_{name}"] = (np.abs(gap[where]) >= bound).mean()
-        metrics[f"cliff/clipped_log_ratio_{name}"] = gap[where].clip(-bound, bound).mean()
-        if "base" in columns:
-            log_ratio = columns["teacher"][where] - columns["base"][where]
-            metrics[f"cliff/log_ratio_{name}"] = log_ratio.mean()
         metrics[f"loss/effective_sample_size_{name}"] = _effective_sample_size(ratio[where])
         for owner, column in owners.items():
             if column in columns:
                 metrics[f"cliff/{owner}_mass_{name}"] = np.exp(columns[column][where]).mean()
+    first = columns["is_first_id"]
+    if "base" in columns and first.any():
+        metrics["cliff/first_log_ratio"] = (columns["teacher"] - columns["base"])[first].mean()
+        metrics["cliff/first_clipped_log_ratio"] = gap[first].clip(-bound, bound).mean()
     for owner in ("teacher", "base"):
         unused = columns.get(f"{owner}_unused")
         if unused is not None and not np.isnan(unused).all():

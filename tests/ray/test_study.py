@@ -13,7 +13,15 @@ import pytest
 from listopd_ray import study as study_module
 from listopd_ray.calibrate import Measured
 from listopd_ray.cliff.calibration import UNUSED_ID, Masses
-from listopd_ray.config import Curve, StudyConfig, StudySection, dump_config, run_directory
+from listopd_ray.config import (
+    Config,
+    Curve,
+    StudyConfig,
+    StudySection,
+    dump_config,
+    run_directory,
+)
+from listopd_ray.prepare import Prepared
 from listopd_ray.study import grid, study_job
 from listopd_ray.types import ListopdError
 
@@ -44,7 +52,7 @@ class FakeSlots:
         sums = {name: np.tile([2.0, 2 * p, 2 * b], (8, 1)) for name, (p, b) in pairs.items()}
         masses = Masses(
             sums=sums,
-            log_ratios={"item_id": np.stack([np.arange(8.0), np.full(8, -1.1)], axis=1)},
+            log_ratios=np.stack([np.arange(8.0), np.full(8, -1.1)], axis=1),
             per_output=dict.fromkeys(sums, 2),
             num_outputs=8,
         )
@@ -294,3 +302,33 @@ def test_a_mistake_in_a_curve_is_one_line_before_anything_is_written(
         study_job(config)
     assert not run_directory(config).exists()
     assert slots.ran == []
+
+
+def test_a_real_study_measures_trains_on_one_slot_and_judges(
+    ray_cluster: None, config: Config, prepared: Prepared, tmp_path: Path
+) -> None:
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
+    small = dataclasses.replace(config.evaluation, every=0)
+    fields |= {"out": str(tmp_path), "name": "real", "num_steps": 2, "evaluation": small}
+    curve = Curve(set={"clip": 2.0}, lams=[1.0, 1.5], step=0.5, judge=True)
+    bounded = Curve(set={"clip": 2.0, "extrapolation": "bounded"}, lams=[1.0, 1.5])
+    study = StudySection(slots=1, seeds=[0], curves={"c2": curve, "bounded": bounded})
+    study_job(StudyConfig(**fields, study=study))
+    directory = tmp_path / "real"
+    locked = json.loads((directory / "predictions" / "c2.json").read_text())
+    assert locked["hashes"]["teacher"] == [prepared.hashes["teacher"]]
+    assert locked["num_outputs"] == locked["num_prompts"] == config.evaluation.num_prompts
+    assert set(locked["classes"]) == {"opening", "item_id", "separator", "closing", UNUSED_ID}
+    for row in locked["classes"].values():
+        assert 0 < row["base_mass"] <= 1 and 0 < row["teacher_mass"] <= 1
+    rows = [json.loads(line) for line in (directory / "trials.jsonl").read_text().splitlines()]
+    assert [(row["curve"], row["lam"], row["mean_lam"]) for row in rows] == [
+        ("c2", 1.0, 1.0),
+        ("c2", 1.5, 1.5),
+        ("bounded", 1.0, 1.0),
+        ("bounded", 1.5, 1.5),
+    ]
+    assert rows[0]["prediction_sha256"] == study_module.sha256(directory / "predictions/c2.json")
+    # λ = 1 was taken from the other curve: three runs.
+    assert len(list((directory / "trials").iterdir())) == 3
+    assert {test["name"] for test in json.loads((directory / "verdict.json").read_text())["tests"]}

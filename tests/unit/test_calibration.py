@@ -195,21 +195,21 @@ def test_an_onset_scales_to_another_clip_edge_by_edge():
         scale_prediction(source | {"high": None}, 5.0)
 
 
-def test_escape_is_where_the_mean_advantage_of_sampled_ids_falls_to_the_clips_bound():
-    # Ids of an output have log-ratios −4 and −4 (both at odd places), clipped −log 2.
+def test_escape_is_where_the_mean_advantage_of_first_ids_falls_to_the_clips_bound():
+    # Even places have a log-ratio of 1, odd ones of −4: the first id stands at 1, or at 2.
     prediction = make_prediction([make_scored(str(n)) for n in range(4)])
-    row = prediction["classes"]["item_id"]
-    assert row["log_ratio"] == pytest.approx(-4.0)
-    assert row["clipped_log_ratio"] == pytest.approx(-math.log(2))
+    assert prediction["first_log_ratio"] == pytest.approx(-4.0)
+    assert prediction["first_clipped_log_ratio"] == pytest.approx(-math.log(2))
     assert prediction["escape"] == pytest.approx(1.0)  # I = −log c already
-    mixed = [TokenClass.OPENING, *CLASSES]  # the first id comes at an even place now
-    scored = [make_scored("a", classes=mixed), make_scored("b")]
+    shifted = [TokenClass.OPENING, *CLASSES]
+    scored = [make_scored("a", classes=shifted), make_scored("b")]
     prediction = make_prediction(scored)
-    # Ratios 1, 1, −4, −4: D = −1.5, I = 0.
+    assert prediction["first_log_ratio"] == pytest.approx(-1.5)  # of 1 and −4; I = 0
     assert prediction["escape"] == pytest.approx(1 + math.log(2) / 1.5)
     assert prediction["escape_low"] == pytest.approx(1.0)
     assert prediction["escape_high"] is None  # of prompts like the first alone
-    assert prediction["classes"]["opening"]["escape"] is None  # the ratio is positive
+    no_id = make_prediction([make_scored("a", classes=[TokenClass.OPENING, TokenClass.STRAY])])
+    assert no_id["escape"] is None
 
 
 def test_without_a_clip_there_is_no_threshold():

@@ -197,9 +197,8 @@ def test_a_restored_governor_continues_bit_for_bit():
 def test_the_cap_stays_below_the_escape_threshold_too():
     measured = governor(margin=0.2)
     metrics = step_metrics(item_id=(0.7, 0.35, 0.4), separator=(0.99, 0.95, 0.96))
-    # A mean advantage of −0.3 − 3(λ − 1), against −log 2: the binding class has 0.131 of room.
-    metrics |= {"cliff/log_ratio_item_id": -3.0, "cliff/clipped_log_ratio_item_id": -0.3}
-    metrics |= {"cliff/log_ratio_separator": -9.0, "cliff/clipped_log_ratio_separator": -0.6}
+    # A mean advantage of −0.3 − 3(λ − 1), against −log 2: 0.131 of room.
+    metrics |= {"cliff/first_log_ratio": -3.0, "cliff/first_clipped_log_ratio": -0.3}
     seen = measured.update(metrics, lam=1.0)
     escape = 1 + (math.log(2) - 0.3) / 3
     assert seen["cliff/escape"] == pytest.approx(escape, rel=1e-12)
@@ -208,5 +207,5 @@ def test_the_cap_stays_below_the_escape_threshold_too():
     assert governor(caps=False).working_lam(3.0) == 3.0
     # Where λ* is the smaller one it decides.
     far = governor(margin=0.2)
-    far.update(metrics | {"cliff/log_ratio_item_id": -0.5}, lam=1.0)
+    far.update(metrics | {"cliff/first_log_ratio": -0.5}, lam=1.0)
     assert far.working_lam(3.0) == pytest.approx(1 + 0.8 * (ITEM_STAR - 1), rel=1e-12)

@@ -28,6 +28,12 @@ def test_data_config_and_metrics_need_no_heavy_package():
             "listopd_ray.task.metrics",
             "listopd_ray.task.synthetic",
             "listopd_ray.checkpoint",
+            "listopd_ray.cliff.threshold",
+            "listopd_ray.cliff.calibration",
+            "listopd_ray.cliff.governor",
+            "listopd_ray.cliff.alarm",
+            "listopd_ray.cliff.verdict",
+            "listopd_ray.steering",
             "listopd_ray.label",
         )
         == "[]"

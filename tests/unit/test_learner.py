@@ -121,6 +121,7 @@ def test_metrics_match_the_oracle(
 
     own, sampler, gains, gaps, kinds_of = [], [], [], [], []
     unused = {"teacher": [], "base": []}
+    first_ratios, first_gaps = [], []
     masses = {name: {kind: [] for kind in TokenClass} for name in ("teacher", "base", "student")}
     for part in scored.rollouts:
         prompt, token_ids = part.rollout.prompt.token_ids, part.rollout.token_ids
@@ -130,7 +131,13 @@ def test_metrics_match_the_oracle(
         )
         sampler += part.rollout.sampler_logprobs.tolist()
         num_items = part.rollout.prompt.num_items
-        for t, used in oracles.id_starts(tokenizer, token_ids, num_items).items():
+        starts = oracles.id_starts(tokenizer, token_ids, num_items)
+        for t in list(starts)[:1]:
+            token = token_ids[t]
+            first_ratios.append(teacher[t][token] - base[t][token])
+            gap = teacher[t][token] - student[t][token]
+            first_gaps.append(oracles.clip_value(gap, math.log(2)))
+        for t, used in starts.items():
             for owner, rows in (("teacher", teacher), ("base", base)):
                 unused[owner].append(oracles.unused_mass(tokenizer, rows[t], used, num_items))
         for t, token in enumerate(token_ids):
@@ -154,6 +161,10 @@ def test_metrics_match_the_oracle(
         "loss/clip_fraction": np.mean(np.abs(gaps) >= math.log(2)),
         "rollout/tokens": len(own),
         "rollout/staleness": 0,
+    }
+    expected |= {
+        "cliff/first_log_ratio": np.mean(first_ratios),
+        "cliff/first_clipped_log_ratio": np.mean(first_gaps),
     }
     expected |= {f"cliff/{owner}_unused_mass": np.mean(mass) for owner, mass in unused.items()}
     for owner, kinds in masses.items():

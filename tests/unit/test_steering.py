@@ -4,7 +4,7 @@ import math
 import pytest
 
 from listopd_ray.config import AlarmConfig, Config, GovernorConfig, Schedule, schedule_value
-from listopd_ray.steering import Steering, predicted_threshold
+from listopd_ray.steering import Steering, check_prediction, predicted_threshold
 from listopd_ray.types import ListopdError
 
 P, B = 0.7, 0.35
@@ -111,6 +111,25 @@ def test_a_prediction_that_is_none_of_this_run_ends_in_one_line(
         with pytest.raises(ListopdError) as raised:
             read(config)
         assert str(raised.value) == f"prediction: {file}: {words}"
+
+
+def test_the_smaller_of_lambda_star_and_escape_is_the_prediction(write_prediction):
+    for escape, threshold in ((1.1, 1.1), (1.7, 1.5), (None, 1.5)):
+        file = write_prediction({"lambda_star": 1.5, "escape": escape, "clip": 2.0})
+        assert predicted_threshold(Config(prediction=file, clip=2.0)) == threshold
+
+
+def test_a_prediction_for_other_models_is_refused(write_prediction):
+    made_for = {"data": ["d"], "teacher": ["t"], "warm_start": ["w0", "w1"], "base": ["w0"]}
+    file = write_prediction({"lambda_star": 1.5, "clip": 2.0, "hashes": made_for})
+    config = Config(prediction=file, clip=2.0)
+    ours = {"data": "d", "teacher": "t", "warm_start": "w1"}
+    check_prediction(config, ours)
+    for name in ours:
+        with pytest.raises(ListopdError, match=f"was made for another {name}$"):
+            check_prediction(config, ours | {name: "other"})
+    calibrated = write_prediction({"lambda_star": 1.5, "clip": 2.0})
+    check_prediction(Config(prediction=calibrated, clip=2.0), ours)
 
 
 @pytest.mark.parametrize("asked", [3.0, 0.5])
