@@ -10,7 +10,6 @@ The same command again continues: a trial is the unit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -20,7 +19,13 @@ from typing import Any
 from listopd_ray.baselines import run_baselines
 from listopd_ray.calibrate import Measured, make_prediction, print_prediction
 from listopd_ray.cliff.calibration import scale_prediction
-from listopd_ray.cliff.verdict import budget_prediction, judge, measure_onset
+from listopd_ray.cliff.verdict import (
+    CRITERION,
+    budget_prediction,
+    measure_onset,
+    sha256,
+    study_verdict,
+)
 from listopd_ray.cluster import ray_session
 from listopd_ray.config import Config, Curve, StudyConfig, dump_config, run_directory, with_values
 from listopd_ray.slots import Slots
@@ -30,10 +35,6 @@ from listopd_ray.tracking import check_unchanged, check_writable, progress_bar, 
 from listopd_ray.types import ListopdError
 from listopd_ray.warmstart import warm_start
 
-CRITERION = (
-    "floor: half of the strict parse at λ = 1, averaged over seeds; onset: the smallest λ at which "
-    "and beyond which it is below the floor; inside: λ* within the onset interval ± half a step"
-)
 ROW = ("lam", "clip", "extrapolation", "num_steps", "seed", "mean_lam", "seconds")
 ROW_OF_STUDENT = (
     "parse_rate",
@@ -192,27 +193,6 @@ def grid(lambda_star: float | None, curve: Curve) -> list[float]:
     return [1.0] + [round(1 + (first - 1 + n) * curve.step, 6) for n in range(curve.points)]
 
 
-def study_verdict(directory: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """`tests` and the onset of every whole curve, from predictions and trials on disk."""
-    tests, curves = [], {}
-    for name in dict.fromkeys(row["curve"] for row in rows if row["lam"] is not None):
-        of_curve = [row for row in rows if row["curve"] == name]
-        try:
-            curves[name] = measure_onset(of_curve)
-        except ValueError:
-            continue  # not whole, or not a curve over λ
-        file = directory / "predictions" / f"{name}.json"
-        if file.exists():
-            locked = json.loads(file.read_text(encoding="utf-8"))
-            step = locked["plan"]["step"]
-            tests += [
-                judge(f"{name} {prediction['kind']}", prediction, curves[name], step)
-                | {"prediction_sha256": sha256(file)}
-                for prediction in (locked, *locked["also"])
-            ]
-    return {"criterion": CRITERION, "tests": tests, "curves": curves}
-
-
 def read_rows(config: StudyConfig, name: str) -> list[dict[str, Any]]:
     """One row a finished trial of a curve."""
     curve = config.study.curves[name]
@@ -232,10 +212,6 @@ def read_rows(config: StudyConfig, name: str) -> list[dict[str, Any]]:
         digest = {"prediction_sha256": summary["prediction_sha256"]}
         rows.append({"curve": name, **{key: summary[key] for key in ROW}, **student, **digest})
     return rows
-
-
-def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _trials(config: StudyConfig, name: str, curve: Curve, lams: list[float]) -> Iterator[Config]:

@@ -1,4 +1,4 @@
-"""Where a contract broke, and whether that was predicted. Pure functions of trials' results.
+"""Where a contract broke, and whether that was predicted: from trials' results alone.
 
 Floor: half of the strict parse at λ = 1, same clip, seeds and budget. Onset: the smallest λ of the
 grid at which, and beyond which, the strict parse averaged over seeds is below the floor; its
@@ -8,8 +8,11 @@ by half a grid step on each side.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +20,41 @@ import numpy as np
 from listopd_ray.cliff.calibration import FLOOR_SHARE
 from listopd_ray.cliff.threshold import rescale_onset
 
+CRITERION = (
+    "floor: half of the strict parse at λ = 1, averaged over seeds; onset: the smallest λ at which "
+    "and beyond which it is below the floor; inside: λ* within the onset interval ± half a step"
+)
 NUM_RESAMPLES = 2000
 TESTABLE_STEPS = 3  # a shift of the onset below so many grid steps cannot be told from none
 RANKING_SPREAD = 0.15  # NDCG@1 of parsed outputs may move by this much along a curve
 ENOUGH_PARSED = 0.05  # share of outputs that must parse for their NDCG to count
+
+
+def study_verdict(directory: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The object of verdict.json: the onset of every whole curve, and `tests`, the judgements.
+
+    `rows` are the lines of trials.jsonl; the locked predictions lie in `directory`/predictions.
+    """
+    tests, curves = [], {}
+    for name in dict.fromkeys(row["curve"] for row in rows if row["lam"] is not None):
+        try:
+            curves[name] = measure_onset([row for row in rows if row["curve"] == name])
+        except ValueError:
+            continue  # not whole yet
+        file = directory / "predictions" / f"{name}.json"
+        if file.exists():
+            locked = json.loads(file.read_text(encoding="utf-8"))
+            step = locked["plan"]["step"]
+            tests += [
+                judge(f"{name} {prediction['kind']}", prediction, curves[name], step)
+                | {"prediction_sha256": sha256(file)}
+                for prediction in (locked, *locked["also"])
+            ]
+    return {"criterion": CRITERION, "tests": tests, "curves": curves}
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def find_onset(

@@ -421,7 +421,9 @@ def test_a_process_may_end_anywhere_in_a_roll_back(
 ):
     # A checkpoint after each update: one is always due when the alarm rings.
     config = dataclasses.replace(collapsing, checkpoint=CheckpointConfig(every=1, keep=3))
-    start(config, cliff=CLIFF)
+    saved = [version for verb, version in start(config, cliff=CLIFF).events if verb == "save"]
+    # None of update 7, which rings, and the one gone back to (3) stays as it was.
+    assert saved == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9, 10]
     broken = in_another_place(config, tmp_path)
     verb, recorded = getattr(owner, name), Run.record
 

@@ -1,10 +1,18 @@
+import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from listopd_ray.cliff.verdict import budget_prediction, find_onset, judge, measure_onset
+from listopd_ray.cliff.verdict import (
+    budget_prediction,
+    find_onset,
+    judge,
+    measure_onset,
+    study_verdict,
+)
 
 LAMS = [1.0, 1.2, 1.3, 1.4, 1.5]
 
@@ -162,3 +170,12 @@ def test_a_shift_below_three_grid_steps_is_not_testable(step, testable):
     )
     assert without["lambda_star"] is None
     assert judge("b", {**make_prediction(1.3), **without}, onset, step)["inside"] is None
+
+
+def test_the_verdict_in_the_docs_follows_from_the_trials_and_predictions_beside_it():
+    directory = Path(__file__).parents[2] / "docs" / "cliff"
+    rows = [json.loads(line) for line in (directory / "trials.jsonl").read_text().splitlines()]
+    written = json.loads((directory / "verdict.json").read_text())
+    assert study_verdict(directory, rows) == written
+    locks = {test["prediction_sha256"] for test in written["tests"]}
+    assert {row["prediction_sha256"] for row in rows if row["curve"] == "core-c2"} <= locks
