@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,10 @@ class Predictor:
     def _predict(self, name: str, curve: Curve) -> dict[str, Any]:
         first = next(_trials(self._config, name, curve, [1.0]))
         seeds = _seeds(self._config, curve)
-        inputs = [
-            with_values(first, {"seed": seed, "clip": 2.0, "num_steps": 1, "prediction": None})
-            for seed in seeds
-        ]
-        key = repr([with_values(each, {"name": "measure"}) for each in inputs])
+        # What is measured depends on neither: curves share it.
+        same = replace(first, name="measure", clip=2.0, num_steps=1, prediction=None)
+        inputs = [replace(same, seed=seed) for seed in seeds]
+        key = repr(inputs)
         if key not in self._measured:
             self._measured[key] = self._slots.measure(inputs)
         apriori = make_prediction(self._measured[key], first.clip)
@@ -223,10 +223,11 @@ def _trials(config: StudyConfig, name: str, curve: Curve, lams: list[float]) -> 
     }
     form = ("extrapolation", "delta", "governor")
     plain = {key: value for key, value in curve.set.items() if not key.startswith(form)}
+    at_one, beyond = (with_values(config, shared | values) for values in (plain, curve.set))
     for seed in _seeds(config, curve):
         for lam in lams:
-            values = {**shared, **(plain if lam == 1.0 else curve.set), "seed": seed, "lam": lam}
-            yield with_values(config, {**values, "name": f"{name}-lam{lam:g}-s{seed}"})
+            trial = at_one if lam == 1.0 else beyond
+            yield replace(trial, name=f"{name}-lam{lam:g}-s{seed}", seed=seed, lam=lam)
 
 
 def _finished_elsewhere(config: StudyConfig, name: str) -> dict[str, Path]:
@@ -252,7 +253,7 @@ def _baselines(config: StudyConfig) -> Iterator[dict[str, Any]]:
 
 
 def _identity(trial: Config) -> str:
-    return dump_config(with_values(trial, {"name": "trial", "prediction": None}))
+    return repr(replace(trial, name="trial", prediction=None))
 
 
 def _distinct_inputs(config: StudyConfig, curves: dict[str, Curve]) -> Iterator[Config]:
@@ -309,8 +310,8 @@ def _check(config: StudyConfig) -> None:
                 raise ListopdError(f"{key}: '{source}' is no earlier curve")
         if curve.lams and curve.judge and curve.lams[0] != 1.0:
             raise ListopdError(f"{key}.lams: must begin with 1, where the floor is taken")
-        if curve.lams != sorted(set(curve.lams)):
-            raise ListopdError(f"{key}.lams: must rise")
+        if curve.lams != sorted(set(curve.lams)) or not all(0 <= x < math.inf for x in curve.lams):
+            raise ListopdError(f"{key}.lams: must be finite, ≥ 0 and rise")
         if not _seeds(config, curve):
             raise ListopdError(f"{key}.seeds: give at least one")
         if not (curve.step > 0 and curve.points >= 1):

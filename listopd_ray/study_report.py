@@ -127,7 +127,7 @@ def draw_curve(
         if low is not None and high is not None:
             top.axvspan(low, high, color=colour, alpha=0.18, lw=0)
         top.axvline(test["predicted"], color=colour, ls="--", lw=1.4, label=f"λ* {kind}")
-    top.set(ylim=(0, 1), ylabel="mean over seeds", title=f"{name}: c = {rows[0]['clip']:g}")
+    top.set(ylim=(-0.03, 1.03), ylabel="mean over seeds", title=f"{name}: c = {rows[0]['clip']:g}")
     top.legend(frameon=False, fontsize=8, loc="best")
     shares = [failures([row for row in rows if row["lam"] == lam]) for lam in lams]
     width = 0.6 * min((b - a for a, b in pairwise(lams)), default=0.1)
@@ -138,7 +138,13 @@ def draw_curve(
             bottom.bar(lams, heights, width, base, color=REASON_COLOURS[reason], label=reason, lw=0)
         base = [below + height for below, height in zip(base, heights, strict=True)]
     bottom.set(ylim=(0, 1), xlabel="λ", ylabel="failures")
-    bottom.legend(frameon=False, fontsize=7, ncols=3)
+    figure.legend(
+        *bottom.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+        fontsize=8,
+        frameon=False,
+    )
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
 

@@ -287,7 +287,7 @@ def test_a_budget_prediction_starts_from_the_onset_at_another_budget(slots, make
         ({}, "study.curves: give at least one"),
         ({"a": Curve(calibrated_from="b")}, "study.curves.a: 'b' is no earlier curve"),
         ({"a": Curve(lams=[1.2, 1.3], judge=True)}, "study.curves.a.lams: must begin with 1"),
-        ({"a": Curve(lams=[1.0, 1.3, 1.2])}, "study.curves.a.lams: must rise"),
+        ({"a": Curve(lams=[1.0, 1.3, 1.2])}, "study.curves.a.lams: must be finite, ≥ 0 and rise"),
         ({"a": Curve(seeds=[])}, "study.curves.a.seeds: give at least one"),
         ({"a": Curve(set={"clpi": 2.0})}, "Key 'clpi' not in 'Config'"),
         ({"a": Curve(set={"clip": 0.5})}, "clip: c must be > 1"),
