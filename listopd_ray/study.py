@@ -181,7 +181,10 @@ class Predictor:
         rows = read_rows(self._config, name)
         if not rows:
             raise ListopdError(f"study.curves.{name}: run it before the curve that it predicts")
-        onset = measure_onset(rows)
+        try:
+            onset = measure_onset(rows)
+        except ValueError as error:
+            raise ListopdError(f"study.curves.{name}: no onset to predict from: {error}") from None
         return onset | {"clip": rows[0]["clip"], "num_steps": rows[0]["num_steps"]}
 
 

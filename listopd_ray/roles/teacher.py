@@ -107,11 +107,7 @@ class Teacher:
     def _score_batch(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         batch = collate_rollouts(rollouts, self._device)
         scans = [self._scan(rollout) for rollout in rollouts]
-        unused = [  # [N] (K, ids not used yet)
-            (r.prompt.num_items, ids)
-            for r, s in zip(rollouts, scans, strict=True)
-            for ids in s.unused
-        ]
+        where, tokens = self._unused_tokens(rollouts, scans)
         classes = np.concatenate([s.classes for s in scans])
         teacher = self._reshape(completion_logprobs(self._teacher, batch), classes)  # [N, V]
         modal_logprobs, modal_ids = teacher.max(dim=-1)
@@ -119,7 +115,7 @@ class Teacher:
             "teacher_logprobs": gather(teacher, batch.token_ids),
             "modal_ids": modal_ids.int(),
             "teacher_modal_logprobs": modal_logprobs,
-            "teacher_unused_mass": self._unused_mass(teacher, unused),
+            "teacher_unused_mass": _mass(teacher, where, tokens),
             "token_classes": classes,
         }
         if self._config.support_size:
@@ -131,7 +127,7 @@ class Teacher:
             columns |= {
                 "base_logprobs": gather(base, batch.token_ids),
                 "base_modal_logprobs": gather(base, modal_ids),
-                "base_unused_mass": self._unused_mass(base, unused),
+                "base_unused_mass": _mass(base, where, tokens),
             }
         arrays = {
             name: column if isinstance(column, np.ndarray) else column.cpu().numpy()
@@ -167,18 +163,33 @@ class Teacher:
         pieces = self._text.pieces(rollout.token_ids)
         return scan(pieces, rollout.prompt.num_items, self._text.ended(rollout.token_ids))
 
-    def _unused_mass(
-        self, logprobs: torch.Tensor, unused: Sequence[tuple[int, frozenset[int] | None]]
-    ) -> torch.Tensor:
-        """Mass [N] on tokens that begin an unused id; NaN where no id begins."""
-        mass = torch.full((len(unused),), float("nan"), device=logprobs.device)
-        positions: dict[tuple[int, frozenset[int]], list[int]] = {}
-        for position, (num_items, ids) in enumerate(unused):
-            if ids is not None:
-                positions.setdefault((num_items, ids), []).append(position)
-        for (num_items, ids), where in positions.items():
-            if num_items not in self._id_tokens:
-                self._id_tokens[num_items] = IdTokens(self._tokenizer, num_items)
-            tokens = torch.from_numpy(self._id_tokens[num_items].first_tokens(ids)).long()
-            mass[where] = logprobs[where][:, tokens.to(logprobs.device)].exp().sum(dim=-1)
-        return mass
+    def _unused_tokens(
+        self, rollouts: Sequence[Rollout], scans: Sequence[Scan]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places [M] among the N tokens where an id is due, and the tokens [M, ·] that begin an
+        unused one there, −1 after the last."""
+        due = [  # [N] (K, ids not used yet)
+            (r.prompt.num_items, ids)
+            for r, s in zip(rollouts, scans, strict=True)
+            for ids in s.unused
+        ]
+        where = [position for position, (_, ids) in enumerate(due) if ids is not None]
+        first = [self._first_tokens(*due[position]) for position in where]  # type: ignore[arg-type]
+        tokens = np.full((len(where), max(map(len, first), default=0)), -1, dtype=np.int64)
+        for row, ids in enumerate(first):
+            tokens[row, : len(ids)] = ids
+        device = self._device
+        return torch.tensor(where, device=device).long(), torch.from_numpy(tokens).to(device)
+
+    def _first_tokens(self, num_items: int, unused: frozenset[int]) -> np.ndarray:
+        if num_items not in self._id_tokens:
+            self._id_tokens[num_items] = IdTokens(self._tokenizer, num_items)
+        return self._id_tokens[num_items].first_tokens(unused)
+
+
+def _mass(logprobs: torch.Tensor, where: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Mass [N] that `logprobs` [N, V] puts on `tokens` at the places `where`; NaN elsewhere."""
+    mass = torch.full((len(logprobs),), float("nan"), device=logprobs.device)
+    picked = logprobs[where.unsqueeze(-1), tokens.clamp(min=0)].exp()
+    mass[where] = (picked * (tokens >= 0)).sum(dim=-1)
+    return mass

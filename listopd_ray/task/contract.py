@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -210,102 +210,101 @@ def scan(pieces: Sequence[str], num_items: int, ended: bool) -> Scan:
     """
     classes = np.full(len(pieces), TokenClass.STRAY, dtype=np.int8)
     unused: list[frozenset[int] | None] = [None] * len(pieces)
-    place = _Place(num_items)
+    place = _Place(num_items=num_items, unused=frozenset(range(1, num_items + 1)))
     for position, piece in enumerate(pieces):
-        due = place.due()
-        unused_before = place.unused if place.expects_id else None
         if ended and position == len(pieces) - 1:
-            token_class = TokenClass.CLOSING if place.is_complete() else TokenClass.STRAY
+            classes[position] = place.due()
+            keeps = False  # nothing may follow
         else:
-            token_class = place.read(piece)
-        breaks = token_class == TokenClass.STRAY
-        classes[position] = due if breaks else token_class
-        if classes[position] == TokenClass.ITEM_ID:
-            unused[position] = unused_before
-        if breaks:
+            classes[position], keeps, following = _read(place, piece)
+        if classes[position] == TokenClass.ITEM_ID and place.expects_id:
+            unused[position] = place.unused
+        if not keeps:
             break
+        place = following
     return Scan(classes=classes, unused=unused)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Place:
     """How far into the contract text a completion has come."""
 
-    def __init__(self, num_items: int) -> None:
-        self.expects_id = False
-        self.unused = frozenset(range(1, num_items + 1))
-        self._num_items = num_items
-        self._num_ids = 0  # begun
-        self._digits = ""  # of the id being read
-        self._opened = 0  # characters of OPENING read
-        self._closed = 0  # characters of CLOSING read
-
-    def is_complete(self) -> bool:
-        return self._closed == len(CLOSING)
+    num_items: int
+    unused: frozenset[int]  # ids
+    num_ids: int = 0  # begun
+    expects_id: bool = False
+    digits: str = ""  # of the id being read
+    opened: int = 0  # characters of OPENING read
+    closed: int = 0  # characters of CLOSING read
 
     def due(self) -> TokenClass:
         """The class of what the contract asks for next."""
-        if self._opened < len(OPENING):
+        if self.opened < len(OPENING):
             return TokenClass.OPENING
-        if self.expects_id or (self._digits and not self._id_is_unused()):
+        if self.expects_id or (self.digits and not self.id_is_unused()):
             return TokenClass.ITEM_ID
-        return self._blank_class()
+        return self.blank_class()
 
-    def read(self, piece: str) -> TokenClass:
-        """The class of a token's text, STRAY where it breaks the contract."""
-        token_class = None
-        for char in piece:
-            char_class = self._read_char(char)
-            if char_class == TokenClass.STRAY:
-                return TokenClass.STRAY
-            if token_class is None and char not in WHITESPACE:
-                token_class = char_class
-        return self._blank_class() if token_class is None else token_class
+    def id_is_unused(self) -> bool:
+        return any(str(item) == self.digits for item in self.unused)
 
-    def _read_char(self, char: str) -> TokenClass:
-        if char in WHITESPACE:
-            keeps = self._opened not in KEY_INSIDE and self._finish_id()
-            return self._blank_class() if keeps else TokenClass.STRAY
-        if self._opened < len(OPENING):
-            if char != OPENING[self._opened]:
-                return TokenClass.STRAY
-            self._opened += 1
-            self.expects_id = self._opened == len(OPENING)
+    def blank_class(self) -> TokenClass:
+        if self.num_ids == 0:
             return TokenClass.OPENING
-        if char in DIGITS:
-            return self._read_digit(char)
-        if self.expects_id or not self._finish_id():
-            return TokenClass.STRAY
-        if self._num_ids < self._num_items:
-            self.expects_id = char == ","
-            return TokenClass.SEPARATOR if char == "," else TokenClass.STRAY
-        if char != CLOSING[self._closed : self._closed + 1]:
-            return TokenClass.STRAY
-        self._closed += 1
-        return TokenClass.CLOSING
+        return TokenClass.SEPARATOR if self.num_ids < self.num_items else TokenClass.CLOSING
 
-    def _read_digit(self, char: str) -> TokenClass:
-        if self.expects_id:
-            self.expects_id = False
-            self._num_ids += 1
-        elif not self._digits:
-            return TokenClass.STRAY
-        self._digits += char
-        goes_on = any(str(item).startswith(self._digits) for item in self.unused)
-        return TokenClass.ITEM_ID if goes_on else TokenClass.STRAY
 
-    def _id_is_unused(self) -> bool:
-        return any(str(item) == self._digits for item in self.unused)
+@functools.lru_cache(maxsize=1 << 16)
+def _read(place: _Place, piece: str) -> tuple[TokenClass, bool, _Place]:
+    """(class of the token, whether it keeps the contract, the place after it).
 
-    def _finish_id(self) -> bool:
-        """Take the id read so far, if any, off the unused; False where it is none of them."""
-        if self._digits:
-            if not self._id_is_unused():
-                return False
-            self.unused -= {int(self._digits)}
-            self._digits = ""
-        return True
+    Completions pass the same few places again and again, hence the cache.
+    """
+    token_class, following = None, place
+    for char in piece:
+        char_class, after = _read_char(following, char)
+        if after is None:
+            return place.due(), False, place
+        following = after
+        if token_class is None and char not in WHITESPACE:
+            token_class = char_class
+    return following.blank_class() if token_class is None else token_class, True, following
 
-    def _blank_class(self) -> TokenClass:
-        if self._num_ids == 0:
-            return TokenClass.OPENING
-        return TokenClass.SEPARATOR if self._num_ids < self._num_items else TokenClass.CLOSING
+
+def _read_char(place: _Place, char: str) -> tuple[TokenClass, _Place | None]:
+    """The character's class and the place after it; None where it breaks the contract."""
+    if char in WHITESPACE:
+        keeps = place.opened not in KEY_INSIDE
+        return place.blank_class(), _finish_id(place) if keeps else None
+    if place.opened < len(OPENING):
+        opened = place.opened + 1
+        after = replace(place, opened=opened, expects_id=opened == len(OPENING))
+        return TokenClass.OPENING, after if char == OPENING[place.opened] else None
+    if char in DIGITS:
+        return TokenClass.ITEM_ID, _read_digit(place, char)
+    finished = None if place.expects_id else _finish_id(place)
+    if finished is None:
+        return place.due(), None
+    if place.num_ids < place.num_items:
+        return TokenClass.SEPARATOR, replace(finished, expects_id=True) if char == "," else None
+    keeps = char == CLOSING[place.closed : place.closed + 1]
+    return TokenClass.CLOSING, replace(finished, closed=place.closed + 1) if keeps else None
+
+
+def _read_digit(place: _Place, char: str) -> _Place | None:
+    if not (place.expects_id or place.digits):
+        return None
+    digits = place.digits + char
+    if not any(str(item).startswith(digits) for item in place.unused):
+        return None
+    num_ids = place.num_ids + place.expects_id
+    return replace(place, digits=digits, num_ids=num_ids, expects_id=False)
+
+
+def _finish_id(place: _Place) -> _Place | None:
+    """The id read so far, if any, is used; None where it is none of the unused."""
+    if not place.digits:
+        return place
+    if not place.id_is_unused():
+        return None
+    return replace(place, digits="", unused=place.unused - {int(place.digits)})

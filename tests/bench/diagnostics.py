@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import listopd_ray.roles.learner as learner_module
+import listopd_ray.roles.teacher as teacher_module
 from listopd_ray.cluster import make_requests
 from listopd_ray.config import Config, TeacherActorConfig, load_config
 from listopd_ray.models import end_ids, load_tokenizer
@@ -68,7 +69,8 @@ def main(student: str, teacher_path: str, data: str, num_rollouts: int = 192) ->
     learner = Learner(config, student_path=student, canary_ids=canary)
     steering = Steering(config, 0)
     teacher._scan = timed("token classes", teacher._scan)
-    teacher._unused_mass = timed("unused-id mass", teacher._unused_mass)
+    teacher._unused_tokens = timed("unused-id mass", teacher._unused_tokens)
+    teacher_module._mass = timed("unused-id mass", teacher_module._mass)
     learner_module._class_metrics = timed("masses by class", learner_module._class_metrics)
     steering.observe = timed("governor and alarm", steering.observe)
     for turn in range(TURNS):
