@@ -9,6 +9,8 @@ opd+grammar  plain on-policy distillation (λ = 1), decoded under the schema
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ from listopd_ray.warmstart import warm_start
 def run_baselines(trial: Config, run: Path, directory: Path) -> Iterator[dict[str, Any]]:
     """One row a baseline for the seed of `trial`, a λ = 1 run finished in `run`; results are kept.
 
-    `seconds` are those of training and labelling; the labels serve all seeds.
+    `seconds` are those of training and labelling; the labels are shared by all seeds.
     """
     base = warm_start(trial, "student")
     labels, labelling_s = _labels(trial, directory / "labels")
@@ -43,7 +45,10 @@ def run_baselines(trial: Config, run: Path, directory: Path) -> Iterator[dict[st
     )
     start = time.perf_counter()
     tuned = warm_start(tuning, "student")
-    tuning_s = labelling_s + time.perf_counter() - start
+    seconds_file = directory / f"sft-s{trial.seed}.seconds"
+    if not seconds_file.exists():  # else the warm start came from the cache
+        replace_file(seconds_file, f"{time.perf_counter() - start}")
+    tuning_s = labelling_s + float(seconds_file.read_text())
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     for name, model, grammar, seconds in (
         ("grammar", base, True, 0.0),
@@ -62,11 +67,11 @@ def run_baselines(trial: Config, run: Path, directory: Path) -> Iterator[dict[st
 
 def _labels(config: Config, out: Path) -> tuple[Path, float]:
     """The training data as the teacher ranks it greedily, made once; and the seconds it took."""
-    seconds_file = out / "seconds"
-    if not seconds_file.exists():
+    if not out.exists():
+        partial = out.with_name(f"{out.name}.tmp")
+        shutil.rmtree(partial, ignore_errors=True)
         start = time.perf_counter()
-        label(
-            with_values(config, {"rollout.max_num_seqs": 256}), warm_start(config, "teacher"), out
-        )
-        replace_file(seconds_file, f"{time.perf_counter() - start}")
-    return out, float(seconds_file.read_text())
+        label(config, warm_start(config, "teacher"), partial)
+        (partial / "seconds").write_text(f"{time.perf_counter() - start}")
+        os.replace(partial, out)
+    return out, float((out / "seconds").read_text())

@@ -132,17 +132,21 @@ def print_prediction(prediction: dict[str, Any]) -> None:
     if "classes" in prediction:
         rich.print(_class_table(prediction))
     if prediction["lambda_star"] is not None:
-        low, high = prediction["lambda_star_low"], prediction["lambda_star_high"]
         binding = prediction.get("binding_class")
         print(
-            f"λ* = {prediction['lambda_star']:.3f} [{low:.3f}, {high:.3f}] at c = "
+            f"λ* = {prediction['lambda_star']:.3f} {_interval(prediction, 'lambda_star')} at c = "
             f"{prediction['clip']:g}, {prediction['kind']}" + (f", {binding}" if binding else "")
         )
     if prediction.get("escape") is not None:
-        low, high = prediction["escape_low"], prediction["escape_high"]
-        print(f"escape = {prediction['escape']:.3f} [{low:.3f}, {high:.3f}], first id")
+        print(f"escape = {prediction['escape']:.3f} {_interval(prediction, 'escape')}, first id")
     for reason in prediction.get("out_of_scope", []):
         print(f"out of scope: {reason}")
+
+
+def _interval(prediction: dict[str, Any], key: str) -> str:
+    """An edge that JSON has as null is infinite."""
+    edges = (prediction[f"{key}_low"], prediction[f"{key}_high"])
+    return "[{}, {}]".format(*("∞" if edge is None else f"{edge:.3f}" for edge in edges))
 
 
 def _class_table(prediction: dict[str, Any]) -> Table:

@@ -246,7 +246,7 @@ class Curve:
     set: dict[str, Any] = field(default_factory=dict)  # keys of the run's configuration
     lams: list[float] = field(default_factory=list)  # λ; none: 1 and `points` around λ*
     step: float = 0.1  # between grid points
-    points: int = 5  # of the grid around λ*: its first lies a step below λ*
+    points: int = 5  # of the grid around λ*: its first lies one to two steps below
     seeds: list[int] | None = None  # null: the study's
     judge: bool = False  # lock the a-priori prediction and judge it
     calibrated_from: str | None = None  # an earlier curve whose onset predicts this one's

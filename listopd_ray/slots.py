@@ -1,7 +1,7 @@
 """Slots: engines and teachers that live on from one trial to the next, on one machine or many.
 
 A slot is an actor that owns a placement group with rollout engines, teachers and room for one
-learner. A trial is a whole run: it leases a slot, brings its own learner and gives the slot back.
+learner. A trial is a whole run: it leases a slot, brings its own learner and returns the slot.
 As many trials run at once as there are slots, so a small cluster never deadlocks.
 """
 
@@ -58,14 +58,15 @@ class Slot:
         self._prepared_for: Any = None
 
     def run(self, number: int, config: Config) -> tuple[int, dict[str, Any]]:
-        """Distil; `number` comes back with the summary, or with the error its user can mend."""
-        from listopd_ray.job import distill
+        """Distil; `number` comes back with the summary, or with the error that ended the trial."""
+        from listopd_ray.job import distill  # which imports much that the driver does without
 
         try:
             return number, distill(config, *self._lease(config))
-        except ListopdError as error:
+        except (ListopdError, ray.exceptions.RayError) as error:
             self._drop_cluster()  # whatever state it is in
-            return number, {"error": str(getattr(error, "cause", error))}
+            lines = str(getattr(error, "cause", error)).strip().splitlines()
+            return number, {"error": lines[-1] if lines else type(error).__name__}
 
     def measure(self, config: Config) -> Any:
         from listopd_ray.calibrate import measure_run
@@ -85,8 +86,8 @@ class Slot:
         if self._cluster is None or self._built_for != wanted:
             self._drop_cluster()
             self._cluster = Cluster(config, **arguments)
-            self._cluster.wait_until_ready()
             self._built_for = wanted
+            self._cluster.wait_until_ready()
         return self._prepared, self._cluster
 
     def _drop_cluster(self) -> None:

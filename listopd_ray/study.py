@@ -10,9 +10,10 @@ The same command again continues: a trial is the unit.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,15 @@ from listopd_ray.cliff.verdict import (
     study_verdict,
 )
 from listopd_ray.cluster import ray_session
-from listopd_ray.config import Config, Curve, StudyConfig, dump_config, run_directory, with_values
+from listopd_ray.config import (
+    Config,
+    Curve,
+    StudyConfig,
+    dump_config,
+    load_config,
+    run_directory,
+    with_values,
+)
 from listopd_ray.slots import Slots
 from listopd_ray.splits import data_directory
 from listopd_ray.study_report import write_report
@@ -56,7 +65,7 @@ def study_job(config: StudyConfig) -> None:
     (directory / "predictions").mkdir(parents=True, exist_ok=True)
     replace_file(directory / "config.yaml", dump_config(config))
     chosen = {n: c for n, c in study.curves.items() if n in study.only or not study.only}
-    failed = []
+    failed: list[tuple[str, str]] = []
     with ray_session():
         for config_of_seed in _distinct_inputs(config, chosen):
             for role in ("student", "teacher"):
@@ -65,17 +74,27 @@ def study_job(config: StudyConfig) -> None:
             predictor = Predictor(config, slots)
             for name, curve in chosen.items():
                 failed += run_curve(config, name, curve, slots, predictor)
-        baselines = list(_baselines(config)) if study.baselines else []
-    rows = [row for name in study.curves for row in read_rows(config, name)] + baselines
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_file(directory / "trials.jsonl", lines)
-    write_report(directory, study_verdict(directory, rows), rows)
+                report(config)
+        report(config, list(_baselines(config)) if study.baselines else [])
     print(f"study: {directory}")
     if failed:
         raise ListopdError(
             f"{len(failed)} trials failed, the first ({failed[0][0]}): {failed[0][1]}; "
             "the same command again repeats them"
         )
+
+
+def report(config: StudyConfig, baselines: Sequence[dict[str, Any]] = ()) -> None:
+    """Rows, verdict, tables and figures of all that is finished. A trial that several curves share
+    has a row in each."""
+    directory = run_directory(config)
+    plans = {name: _known_plan(config, name) for name in config.study.curves}
+    rows = [row for name in config.study.curves for row in read_rows(config, name)]
+    rows += baselines
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_file(directory / "trials.jsonl", lines)
+    begun = {name: plan for name, plan in plans.items() if any(r["curve"] == name for r in rows)}
+    write_report(directory, study_verdict(directory, rows, begun), rows)
 
 
 def run_curve(
@@ -87,9 +106,7 @@ def run_curve(
     known = {} if _is_predicted(curve) else _finished_elsewhere(config, name)
     missing = []
     for trial in trials:
-        if (run_directory(trial) / "summary.json").exists():
-            check_unchanged(trial)
-        elif _identity(trial) not in known:
+        if _finished(trial) is None and _identity(trial) not in known:
             missing.append(trial)
     missing.sort(key=lambda trial: trial.seed)  # a slot prepares once a seed
     failed = []
@@ -128,7 +145,12 @@ class Predictor:
             begun = sorted(path.name for path in trials.glob(f"{name}-lam*"))
             if begun:
                 raise ListopdError(f"{file}: refused: {begun[0]} was begun before it")
-            replace_file(file, json.dumps(self._predict(name, curve), indent=2) + "\n")
+            prediction = self._predict(name, curve)
+            elsewhere = _finished_elsewhere(self._config, name)
+            for trial in _trials(self._config, name, curve, prediction["plan"]["lams"]):
+                if earlier := elsewhere.get(_identity(trial)):
+                    raise ListopdError(f"{file}: refused: {earlier.parent.name} is the same trial")
+            replace_file(file, json.dumps(prediction, indent=2) + "\n")
         locked = json.loads(file.read_text(encoding="utf-8"))
         wanted = _plan(self._config, curve, curve.lams or locked["plan"]["lams"])
         changed = [key for key in wanted if wanted[key] != locked["plan"].get(key)]
@@ -163,7 +185,11 @@ class Predictor:
         ]
         if curve.calibrated_from:
             source = self._onset_of(curve.calibrated_from)
-            if source["high"] is not None and source["num_steps"] == first.num_steps:
+            if source["high"] is None or source["num_steps"] != first.num_steps:
+                missing = dict.fromkeys(("lambda_star", "lambda_star_low", "lambda_star_high"))
+                why = f"{curve.calibrated_from} has no onset at {first.num_steps} updates"
+                also.append({"kind": "calibrated", **missing, "not_testable": why})
+            else:
                 also.append(scale_prediction(source, first.clip))
         if curve.budget_from:
             source = self._onset_of(curve.budget_from)
@@ -182,7 +208,8 @@ class Predictor:
         if not rows:
             raise ListopdError(f"study.curves.{name}: run it before the curve that it predicts")
         try:
-            onset = measure_onset(rows)
+            plan = _known_plan(self._config, name)
+            onset = measure_onset(rows, plan["lams"], plan["seeds"])
         except ValueError as error:
             raise ListopdError(f"study.curves.{name}: no onset to predict from: {error}") from None
         return onset | {"clip": rows[0]["clip"], "num_steps": rows[0]["num_steps"]}
@@ -199,15 +226,11 @@ def grid(lambda_star: float | None, curve: Curve) -> list[float]:
 def read_rows(config: StudyConfig, name: str) -> list[dict[str, Any]]:
     """One row a finished trial of a curve."""
     curve = config.study.curves[name]
-    file = _prediction_file(config, name)
-    lams = curve.lams
-    if not lams and file.exists():
-        lams = json.loads(file.read_text(encoding="utf-8"))["plan"]["lams"]
+    lams = _known_plan(config, name)["lams"]
     known = {} if _is_predicted(curve) else _finished_elsewhere(config, name)
     rows = []
     for trial in _trials(config, name, curve, lams):
-        own = run_directory(trial) / "summary.json"
-        summary_file = own if own.exists() else known.get(_identity(trial))
+        summary_file = _finished(trial) or known.get(_identity(trial))
         if summary_file is None:
             continue
         summary = json.loads(summary_file.read_text(encoding="utf-8"))
@@ -237,13 +260,35 @@ def _finished_elsewhere(config: StudyConfig, name: str) -> dict[str, Path]:
     """Summaries of the other curves' trials by identity: the same run is not repeated."""
     finished = {}
     for other, curve in config.study.curves.items():
-        file = _prediction_file(config, other)
-        lams = curve.lams or (json.loads(file.read_text())["plan"]["lams"] if file.exists() else [])
+        lams = _known_plan(config, other)["lams"]
         for trial in _trials(config, other, curve, lams) if other != name else ():
-            summary = run_directory(trial) / "summary.json"
-            if summary.exists():
+            if summary := _finished(trial):
                 finished[_identity(trial)] = summary
     return finished
+
+
+def _finished(trial: Config) -> Path | None:
+    """The trial's summary; raises ListopdError where it is of another configuration."""
+    directory = run_directory(trial)
+    if not (directory / "summary.json").exists():
+        return None
+    if _saved_identity(directory / "config.yaml") != _identity(trial):
+        check_unchanged(trial)
+    return directory / "summary.json"
+
+
+@functools.cache
+def _saved_identity(file: Path) -> str:
+    return _identity(load_config(Config, [str(file)]))
+
+
+def _known_plan(config: StudyConfig, name: str) -> dict[str, Any]:
+    """`lams` and `seeds` as locked, or as configured; no `lams` before they are predicted."""
+    file = _prediction_file(config, name)
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))["plan"]
+    curve = config.study.curves[name]
+    return {"lams": curve.lams, "seeds": _seeds(config, curve)}
 
 
 def _baselines(config: StudyConfig) -> Iterator[dict[str, Any]]:

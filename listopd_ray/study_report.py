@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import rich
 from rich.markdown import Markdown
 
+from listopd_ray.cliff.verdict import ENOUGH_PARSED
 from listopd_ray.task.contract import REASONS
 from listopd_ray.tracking import replace_file
 
@@ -78,7 +79,8 @@ def curve_table(name: str, rows: Sequence[Mapping[str, Any]], verdict: Mapping[s
         at = [row for row in rows if row["lam"] == lam]
         reasons = failures(at)
         listed = ", ".join(f"{reason} {share:.2f}" for reason, share in reasons.items() if share)
-        cells = [_mean(at, key) for key in ("parse_rate", "ndcg_at_1", "ndcg_at_k_all")]
+        parsed = [row for row in at if row["parse_rate"] >= ENOUGH_PARSED]
+        cells = [_mean(at, "parse_rate"), _mean(parsed, "ndcg_at_1"), _mean(at, "ndcg_at_k_all")]
         seconds = sum(row["seconds"] for row in at) / len(at)
         worked = sum(row.get("mean_lam") or 0 for row in at) / len(at)
         governed = lam is not None and abs(worked - lam) > 1e-9
@@ -109,9 +111,10 @@ def draw_curve(
         ("parse_rate", "strict parse", BLUE, "o"),
         ("ndcg_at_1", "NDCG@1 of parsed", "#333333", "s"),
     ):
-        points = [(r["lam"], r[key]) for r in rows if r[key] is not None and r["parse_rate"] > 0.05]
-        if key == "parse_rate":
-            points = [(r["lam"], r[key]) for r in rows]
+        shown = [r for r in rows if key == "parse_rate" or r["parse_rate"] >= ENOUGH_PARSED]
+        points = [(r["lam"], r[key]) for r in shown if r[key] is not None]
+        if not points:
+            continue
         top.plot(*zip(*points, strict=True), marker, color=colour, alpha=0.35, ms=4, ls="none")
         means = [(lam, [v for at, v in points if at == lam]) for lam in lams]
         line = [(lam, sum(values) / len(values)) for lam, values in means if values]
@@ -161,4 +164,5 @@ def _onset(low: float, high: float | None) -> str:
 
 
 def _between(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
+    edges = ("∞" if edge is None else f"{edge:.3f}" for edge in (low, high))
+    return "" if low is None and high is None else "[{}, {}]".format(*edges)

@@ -20,6 +20,7 @@ from listopd_ray.cliff.threshold import (
     escape,
     lambda_star,
     reversed_onset,
+    reversed_runaway,
     runaway,
 )
 from listopd_ray.types import ListopdError, ScoredRollout, TokenClass
@@ -189,7 +190,8 @@ def _class_row(
     if p < b:
         # All its positions must hold: parsing goes as q to their number.
         floor = FLOOR_SHARE * p**per_output
-        row["reversed_onset"] = reversed_onset(p, b, per_output, floor)
+        row["reversed_onset"] = reversed_onset(p, b, per_output, floor, clip)
+        row["reversed_runaway"] = reversed_runaway(p, b, clip)
         return row
     row["lambda_star"] = lambda_star(p, b, clip)
     stars = [lambda_star(tp, tb, clip) if tp > tb else math.inf for tp, tb in draws]
@@ -229,6 +231,8 @@ def _out_of_scope(
     reasons = []
     if binding is None:
         reasons.append("no unresolved class: the base prefers the teacher's token everywhere")
+    elif math.isinf(binding["lambda_star"]):
+        reasons.append("no threshold: there is no clip, or teacher and base agree (p = b)")
     elif binding["lambda_star_high"] - binding["lambda_star_low"] > binding["lambda_star"] - 1:
         reasons.append("the interval of λ* is wider than λ* − 1: measure on more prompts")
     parse_rate = warm_start["parse_rate"]

@@ -77,8 +77,8 @@ class Governor:
         """
         lam = requested
         if self._caps:
-            known = min(self._thresholds(), default=self._predicted)
-            lam = min(requested, 1.0 if known is None else safe_lam(known, self._margin))
+            bound = self._bound()
+            lam = min(requested, 1.0 if bound is None else safe_lam(bound, self._margin))
         if math.isinf(lam):
             raise ListopdError("lam: 'auto' finds no finite λ* to stay below")
         return lam
@@ -130,10 +130,13 @@ class Governor:
         log_ratio, clipped = (self._averages[key].mean for key in FIRST_ID)
         return escape(log_ratio, clipped, self._clip)
 
-    def _thresholds(self) -> list[float]:
-        """All that λ has to stay below."""
-        found = self._escape()
-        return [*self._lambda_stars().values(), *([] if found is None else [found])]
+    def _bound(self) -> float | None:
+        """What λ has to stay below: the smallest finite threshold measured, else the predicted
+        one, else ∞ if all that was measured is infinite; None where nothing is known."""
+        found = [*self._lambda_stars().values(), self._escape()]
+        measured = [threshold for threshold in found if threshold is not None]
+        finite = [threshold for threshold in measured if math.isfinite(threshold)]
+        return min(finite, default=self._predicted or min(measured, default=None))
 
     def _lambda_star_metrics(self, lam: float) -> dict[str, float]:
         """λ* of the binding class, its interval (by the spread of the gap), and where λ stands."""

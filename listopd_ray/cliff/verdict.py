@@ -19,6 +19,7 @@ import numpy as np
 
 from listopd_ray.cliff.calibration import FLOOR_SHARE
 from listopd_ray.cliff.threshold import rescale_onset
+from listopd_ray.types import ListopdError
 
 CRITERION = (
     "floor: half of the strict parse at λ = 1, averaged over seeds; onset: the smallest λ at which "
@@ -30,27 +31,41 @@ RANKING_SPREAD = 0.15  # NDCG@1 of parsed outputs may move by this much along a 
 ENOUGH_PARSED = 0.05  # share of outputs that must parse for their NDCG to count
 
 
-def study_verdict(directory: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The object of verdict.json: the onset of every whole curve, and `tests`, the judgements.
+def study_verdict(
+    directory: Path, rows: Sequence[Mapping[str, Any]], plans: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The object of verdict.json: the onset of every complete curve, and `tests`, the judgements.
 
-    `rows` are the lines of trials.jsonl; the locked predictions lie in `directory`/predictions.
+    `rows` are the lines of trials.jsonl, `plans` the `lams` and `seeds` of every curve; the locked
+    predictions lie in `directory`/predictions. Raises ListopdError where a trial was run under
+    another prediction than the one that lies there.
     """
-    tests, curves = [], {}
-    for name in dict.fromkeys(row["curve"] for row in rows if row["lam"] is not None):
+    tests, curves, incomplete = [], {}, {}
+    for name, plan in plans.items():
+        trials = [row for row in rows if row["curve"] == name]
         try:
-            curves[name] = measure_onset([row for row in rows if row["curve"] == name])
-        except ValueError:
-            continue  # not whole yet
+            curves[name] = measure_onset(trials, plan["lams"], plan["seeds"])
+        except ValueError as error:
+            incomplete[name] = str(error)
+            continue
         file = directory / "predictions" / f"{name}.json"
         if file.exists():
             locked = json.loads(file.read_text(encoding="utf-8"))
             step = locked["plan"]["step"]
+            if any(trial["prediction_sha256"] != sha256(file) for trial in trials):
+                raise ListopdError(f"{file}: is not the prediction that {name} was run under")
             tests += [
                 judge(f"{name} {prediction['kind']}", prediction, curves[name], step)
                 | {"prediction_sha256": sha256(file)}
                 for prediction in (locked, *locked["also"])
             ]
-    return {"criterion": CRITERION, "tests": tests, "curves": curves}
+    return {
+        "criterion": CRITERION,
+        "tests": tests,
+        "curves": curves,
+        "incomplete": incomplete,
+        "plans": {name: {k: plan[k] for k in ("lams", "seeds")} for name, plan in plans.items()},
+    }
 
 
 def sha256(file: Path) -> str:
@@ -70,25 +85,30 @@ def find_onset(
     return lams[first - 1], lams[first]
 
 
-def measure_onset(trials: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
+def measure_onset(
+    trials: Sequence[Mapping[str, Any]], lams: Sequence[float], seeds: Sequence[int], seed: int = 0
+) -> dict[str, Any]:
     """Onset of one curve from its trials (`lam`, `seed`, `parse_rate`, `num_prompts`, `ndcg_at_1`).
 
     `onset_interval` is the 95 % range of the onset's λ in a bootstrap over seeds and, within a
-    trial, prompts. Raises ValueError where a λ lacks a seed or λ = 1 is missing.
+    trial, prompts. Raises ValueError where a λ lacks a seed, λ = 1 is missing, or nothing parses
+    there.
     """
-    lams = sorted({trial["lam"] for trial in trials})
-    seeds = sorted({trial["seed"] for trial in trials})
     by_key = {(trial["seed"], trial["lam"]): trial for trial in trials}
     missing = [(s, lam) for s in seeds for lam in lams if (s, lam) not in by_key]
-    if missing or not lams or lams[0] != 1.0:
-        raise ValueError(f"a curve needs λ = 1 and every seed at every λ; missing: {missing}")
+    if missing:
+        raise ValueError(f"{len(missing)} trials are missing, the first at seed, λ = {missing[0]}")
+    if not lams or lams[0] != 1.0:
+        raise ValueError("there is no λ = 1 to take the floor from")
     rates = np.array([[by_key[s, lam]["parse_rate"] for lam in lams] for s in seeds])  # [S, L]
     mean = rates.mean(axis=0)
+    if mean[0] == 0:
+        raise ValueError("nothing parses at λ = 1")
     floor = FLOOR_SHARE * mean[0]
     low, high = find_onset(lams, mean, floor)
     num_prompts = trials[0]["num_prompts"]
     rng = np.random.default_rng(seed)
-    onsets = []
+    onsets: list[float] = []
     for _ in range(NUM_RESAMPLES):
         drawn = rates[rng.integers(len(seeds), size=len(seeds))]
         redrawn = (rng.binomial(num_prompts, drawn) / num_prompts).mean(axis=0)
@@ -97,7 +117,7 @@ def measure_onset(trials: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[st
     interval = np.quantile(onsets, [0.025, 0.975], method="nearest")
     own = {s: find_onset(lams, r, FLOOR_SHARE * r[0]) for s, r in zip(seeds, rates, strict=True)}
     return {
-        "lams": lams,
+        "lams": list(lams),
         "parse_rates": mean.tolist(),
         "floor": float(floor),
         "low": low,
@@ -130,10 +150,10 @@ def judge(
         "measured_low": low,
         "measured_high": high,
     }
-    if predicted is None:
-        return test | {"inside": None, "why": "nothing predicted"}
     if prediction.get("not_testable"):
         return test | {"inside": None, "why": prediction["not_testable"]}
+    if predicted is None:
+        return test | {"inside": None, "why": "nothing predicted"}
     if predicted < low - step / 2:
         return test | {"inside": False}
     if high is None:
@@ -155,8 +175,10 @@ def budget_prediction(
     grid steps.
     """
     star, edges = apriori["lambda_star"], [onset["low"], onset["high"]]
+    missing = dict.fromkeys(("lambda_star", "lambda_star_low", "lambda_star_high"))
+    if star is not None and onset["high"] is not None and onset["high"] <= star:
+        return {"kind": "budget", **missing, "not_testable": "not testable: the onset is below λ*"}
     if star is None or None in edges:
-        missing = dict.fromkeys(("lambda_star", "lambda_star_low", "lambda_star_high"))
         return {"kind": "budget", **missing, "not_testable": "no onset or λ* to start from"}
     rescaled = [rescale_onset(star, edge, num_steps, to_steps) for edge in edges]
     shift = abs(sum(edges) - sum(rescaled)) / 2

@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -98,4 +97,3 @@ if __name__ == "__main__":
     if len(sys.argv) < 4:
         sys.exit(__doc__)
     main(*sys.argv[1:4], *map(int, sys.argv[4:]))
-    assert Path(sys.argv[3]).is_dir()

@@ -242,6 +242,48 @@ def test_a_plan_that_was_changed_after_it_was_locked_is_refused(slots, make_stud
             study_job(changed)
 
 
+def test_an_unfinished_seed_makes_a_curve_incomplete(slots, make_study):
+    config = make_study(**CORE)
+    slots.stop_after = 6  # the first seed of the first curve
+    with pytest.raises(KeyboardInterrupt):
+        study_job(config)
+    slots.stop_after = 1000
+    only = dataclasses.replace(config.study, only=["c5"])
+    with pytest.raises(ListopdError, match="c2: no onset to predict from: 6 trials are missing"):
+        study_job(dataclasses.replace(config, study=only))
+    assert not (run_directory(config) / "predictions" / "c5.json").exists()
+
+
+def test_trials_of_another_configuration_are_never_taken(slots, make_study):
+    study_job(make_study(c2=CORE["c2"]))
+    plain = Curve(set={"clip": 2.0}, lams=[1.0, 1.5])
+    changed = make_study(c2=CORE["c2"], plain=plain)
+    only = dataclasses.replace(changed.study, only=["plain"])
+    changed = dataclasses.replace(changed, lr=5e-4, study=only)
+    with pytest.raises(
+        ListopdError, match=r"begun with another configuration: lr \(0.001 → 0.0005"
+    ):
+        study_job(changed)
+
+
+def test_a_trial_that_another_curve_has_run_is_no_prediction_any_more(slots, make_study):
+    plain = Curve(set={"clip": 2.0}, lams=[1.0, 1.5])
+    config = make_study(plain=plain, c2=CORE["c2"])
+    with pytest.raises(ListopdError, match=r"c2\.json: refused: plain-lam1-s0 is the same trial"):
+        study_job(config)
+    assert not (run_directory(config) / "predictions" / "c2.json").exists()
+
+
+def test_a_prediction_edited_later_is_seen_whatever_is_run(slots, make_study):
+    config = make_study(**CORE)
+    study_job(config)
+    file = run_directory(config) / "predictions" / "c2.json"
+    file.write_text(file.read_text().replace('"lambda_star": 1.33', '"lambda_star": 1.43'))
+    only = dataclasses.replace(config.study, only=["c5"])
+    with pytest.raises(ListopdError, match="is not the prediction that c2 was run under"):
+        study_job(dataclasses.replace(config, study=only))
+
+
 def test_an_unjudged_curve_takes_trials_from_others_and_shares_lambda_1(slots, make_study):
     bounded = Curve(set={"clip": 2.0, "extrapolation": "bounded"}, lams=[1.0, 1.5, 3.0])
     plain = Curve(set={"clip": 2.0}, lams=[1.0, 1.5, 3.0])
@@ -331,4 +373,5 @@ def test_a_real_study_measures_trains_on_one_slot_and_judges(
     assert rows[0]["prediction_sha256"] == study_module.sha256(directory / "predictions/c2.json")
     # λ = 1 was taken from the other curve: three runs.
     assert len(list((directory / "trials").iterdir())) == 3
-    assert {test["name"] for test in json.loads((directory / "verdict.json").read_text())["tests"]}
+    tests = json.loads((directory / "verdict.json").read_text())["tests"]
+    assert {test["name"] for test in tests} == {"c2 apriori", "c2 escape"}

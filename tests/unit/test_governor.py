@@ -205,6 +205,10 @@ def test_the_cap_stays_below_the_escape_threshold_too():
     assert escape < ITEM_STAR
     assert measured.working_lam(3.0) == pytest.approx(1 + 0.8 * (escape - 1), rel=1e-12)
     assert governor(caps=False).working_lam(3.0) == 3.0
+    # Where nothing finite is measured, the prediction stays in force.
+    open_ended = governor(margin=0.2, predicted=1.3)
+    open_ended.update({"cliff/first_log_ratio": 0.5, "cliff/first_clipped_log_ratio": 0.3}, 1.0)
+    assert open_ended.working_lam(3.0) == pytest.approx(1.24, rel=1e-12)
     # Where λ* is the smaller one it decides.
     far = governor(margin=0.2)
     far.update(metrics | {"cliff/first_log_ratio": -0.5}, lam=1.0)

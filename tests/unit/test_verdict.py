@@ -11,8 +11,10 @@ from listopd_ray.cliff.verdict import (
     find_onset,
     judge,
     measure_onset,
+    sha256,
     study_verdict,
 )
+from listopd_ray.types import ListopdError
 
 LAMS = [1.0, 1.2, 1.3, 1.4, 1.5]
 
@@ -29,6 +31,10 @@ def make_trials(rates_by_seed, lams=LAMS, num_prompts=512, ndcg=0.6):
         for seed, rates in enumerate(rates_by_seed)
         for lam, rate in zip(lams, rates, strict=True)
     ]
+
+
+def measure(trials, lams=LAMS):
+    return measure_onset(trials, lams, sorted({trial["seed"] for trial in trials}))
 
 
 def make_onset(low, high):
@@ -80,7 +86,7 @@ def test_no_point_at_or_past_the_onset_holds_and_the_one_before_does(rates, firs
 
 def test_the_floor_is_half_of_the_mean_at_lambda_1_and_the_onset_that_of_the_mean_curve():
     seeds = [[0.8, 0.7, 0.7, 0.0, 0.0], [0.6, 0.6, 0.1, 0.1, 0.0], [0.7, 0.7, 0.6, 0.5, 0.0]]
-    onset = measure_onset(make_trials(seeds))
+    onset = measure(make_trials(seeds))
     assert onset["floor"] == pytest.approx(0.35)
     assert onset["parse_rates"] == pytest.approx([0.7, 2 / 3, 1.4 / 3, 0.2, 0.0])
     assert (onset["low"], onset["high"]) == (1.3, 1.4)
@@ -89,18 +95,18 @@ def test_the_floor_is_half_of_the_mean_at_lambda_1_and_the_onset_that_of_the_mea
 
 def test_the_bootstrap_spans_the_seeds_and_is_one_point_where_they_agree():
     apart = [[0.8, 0.8, 0.8, 0.0, 0.0], [0.8, 0.0, 0.0, 0.0, 0.0], [0.8, 0.8, 0.8, 0.8, 0.0]]
-    low, high = measure_onset(make_trials(apart))["onset_interval"]
+    low, high = measure(make_trials(apart))["onset_interval"]
     assert (low, high) == (1.2, 1.5)
-    agreeing = measure_onset(make_trials([apart[0]] * 3))
+    agreeing = measure(make_trials([apart[0]] * 3))
     assert agreeing["onset_interval"] == [1.4, 1.4]
     # Near the floor the prompts decide: 0.41 of 64 is not told from 0.4.
     near = [[0.8, 0.8, 0.8, 0.41, 0.0]] * 3
-    assert measure_onset(make_trials(near, num_prompts=64))["onset_interval"] == [1.4, 1.5]
-    assert measure_onset(make_trials(near, num_prompts=10**6))["onset_interval"] == [1.5, 1.5]
+    assert measure(make_trials(near, num_prompts=64))["onset_interval"] == [1.4, 1.5]
+    assert measure(make_trials(near, num_prompts=10**6))["onset_interval"] == [1.5, 1.5]
 
 
 def test_a_curve_that_never_breaks_has_no_upper_edge():
-    onset = measure_onset(make_trials([[0.7] * 5]))
+    onset = measure(make_trials([[0.7] * 5]))
     assert (onset["low"], onset["high"]) == (1.5, None)
     assert onset["onset_interval"] == [None, None]
     assert onset["shape"]["share_at_onset"] is None
@@ -108,17 +114,35 @@ def test_a_curve_that_never_breaks_has_no_upper_edge():
 
 def test_a_curve_lacks_neither_a_trial_nor_lambda_1():
     trials = make_trials([[0.7] * 5] * 2)
-    with pytest.raises(ValueError, match=r"missing: \[\(1, 1\.3\)\]"):
-        measure_onset([t for t in trials if (t["seed"], t["lam"]) != (1, 1.3)])
-    with pytest.raises(ValueError, match="λ = 1"):
-        measure_onset([t for t in trials if t["lam"] != 1.0])
+    for whole, first in (
+        (lambda t: (t["seed"], t["lam"]) != (1, 1.3), r"^1 trials .* \(1, 1\.3\)$"),
+        (lambda t: t["seed"] == 0, r"^5 trials .* \(1, 1\.0\)$"),  # a seed
+        (lambda t: t["lam"] < 1.4, r"^4 trials .* \(0, 1\.4\)$"),  # the end of the grid
+    ):
+        with pytest.raises(ValueError, match=first):
+            measure_onset([t for t in trials if whole(t)], LAMS, [0, 1])
+    with pytest.raises(ValueError, match="no λ = 1"):
+        measure_onset([t for t in trials if t["lam"] != 1.0], LAMS[1:], [0, 1])
+
+
+def test_a_curve_that_parses_nothing_at_lambda_1_has_no_onset():
+    with pytest.raises(ValueError, match="nothing parses at λ = 1"):
+        measure(make_trials([[0.0] * 5]))
+
+
+def test_no_onset_below_lambda_star_is_rescaled():
+    prediction = budget_prediction(
+        make_prediction(1.5), make_onset(1.2, 1.4), num_steps=40, to_steps=80, step=0.01
+    )
+    assert prediction["lambda_star"] is None
+    assert prediction["not_testable"] == "not testable: the onset is below λ*"
 
 
 def test_the_shape_says_how_deep_the_cliff_is_and_whether_the_ranking_moved():
     trials = make_trials([[0.8, 0.8, 0.2, 0.04, 0.0]])
     trials[2]["ndcg_at_1"] = 0.76
     trials[3]["ndcg_at_1"] = 0.1  # of too few outputs to count
-    shape = measure_onset(trials)["shape"]
+    shape = measure(trials)["shape"]
     assert shape["share_at_onset"] == pytest.approx(0.25)
     assert shape["share_one_later"] == pytest.approx(0.05)
     assert shape["ndcg_at_1_spread"] == pytest.approx(0.16)
@@ -176,6 +200,13 @@ def test_the_verdict_in_the_docs_follows_from_the_trials_and_predictions_beside_
     directory = Path(__file__).parents[2] / "docs" / "cliff"
     rows = [json.loads(line) for line in (directory / "trials.jsonl").read_text().splitlines()]
     written = json.loads((directory / "verdict.json").read_text())
-    assert study_verdict(directory, rows) == written
-    locks = {test["prediction_sha256"] for test in written["tests"]}
-    assert {row["prediction_sha256"] for row in rows if row["curve"] == "core-c2"} <= locks
+    assert study_verdict(directory, rows, written["plans"]) == written
+    assert written["tests"]
+    for row in rows:
+        if row["prediction_sha256"] and row["curve"] in written["curves"]:
+            file = directory / "predictions" / f"{row['curve']}.json"
+            own = row["curve"] != "six-c2"  # takes the trials of others
+            assert not own or row["prediction_sha256"] == sha256(file)
+    rows[0]["prediction_sha256"] = "another"
+    with pytest.raises(ListopdError, match="is not the prediction that core-c2 was run under"):
+        study_verdict(directory, rows, written["plans"])
