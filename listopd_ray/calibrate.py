@@ -153,7 +153,8 @@ def _class_table(prediction: dict[str, Any]) -> Table:
     title = f"{prediction['num_outputs']} outputs on {prediction['num_prompts']} held-out prompts"
     table = Table(title=title)
     for column in ("class", "p (teacher)", "b (base)", "", "λ*", "clip exit", "runaway"):
-        table.add_column(column, justify="left" if column in ("class", "") else "right")
+        is_word = column in ("class", "")
+        table.add_column(column, justify="left" if is_word else "right", no_wrap=is_word)
     for name, row in prediction["classes"].items():
         masses = [
             f"{row[key]:.3f} [{row[f'{key}_interval'][0]:.3f}, {row[f'{key}_interval'][1]:.3f}]"
