@@ -20,7 +20,7 @@ from listopd_ray.evaluate import judge_rollout
 from listopd_ray.job import teacher_evaluation
 from listopd_ray.prepare import Prepared, prepare
 from listopd_ray.task.metrics import evaluate_judged, evaluation_to_dict
-from listopd_ray.tracking import check_writable, replace_file
+from listopd_ray.tracking import check_writable, read_json, replace_file
 from listopd_ray.types import ListopdError
 
 
@@ -100,12 +100,7 @@ def read_onset(config: CalibrateConfig) -> dict[str, Any]:
     """The measured onset in a search's bracket.json or a study's verdict.json."""
     assert config.from_ is not None
     file = Path(config.from_)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ListopdError(f"{file}: {error.strerror}") from None
-    except ValueError:
-        raise ListopdError(f"{file}: not JSON") from None
+    content = read_json(file, str(file))
     if isinstance(content, dict) and "low" in content:
         return content
     tests = content.get("tests") if isinstance(content, dict) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from listopd_ray.cliff.alarm import Alarm
 from listopd_ray.cliff.governor import Governor
 from listopd_ray.config import Config, schedule_value
+from listopd_ray.tracking import read_json
 from listopd_ray.types import ListopdError
 
 
@@ -102,12 +102,7 @@ def check_prediction(config: Config, hashes: dict[str, str]) -> None:
 def read_prediction(config: Config) -> dict[str, Any]:
     """The run's prediction file, for this clip; raises ListopdError where it is none."""
     file = Path(config.prediction or "")
-    try:
-        prediction = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ListopdError(f"prediction: {file}: {error.strerror}") from None
-    except ValueError:
-        raise ListopdError(f"prediction: {file}: not JSON") from None
+    prediction = read_json(file, f"prediction: {file}")
     if not isinstance(prediction, dict) or not {"lambda_star", "clip"} <= prediction.keys():
         raise ListopdError(f"prediction: {file}: no prediction.json of `listopd calibrate`")
     clip = math.inf if prediction["clip"] is None else prediction["clip"]

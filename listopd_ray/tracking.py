@@ -233,6 +233,16 @@ def _truncate(file: Path, last_step: int) -> None:
     replace_file(file, "".join(s for s in whole if json.loads(s)["train/step"] <= last_step))
 
 
+def read_json(file: Path, what: str) -> Any:
+    """The content of `file`; raises ListopdError, begun with `what`, where it cannot be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ListopdError(f"{what}: {error.strerror}") from None
+    except ValueError:
+        raise ListopdError(f"{what}: not JSON") from None
+
+
 def replace_file(file: Path, text: str) -> None:
     """Write `file` whole or not at all."""
     temporary = file.with_name(f".{file.name}.tmp")

@@ -120,14 +120,14 @@ def predict(
     reasons = _out_of_scope(chosen if binding else None, classes, warm_start, teacher)
     return {
         "kind": "apriori",
-        **{name: _finite(chosen.get(name)) for name in ROW_OF_BINDING},
-        **{name: _finite(value) for name, value in _escape(masses, weights, clip).items()},
+        **{name: finite(chosen.get(name)) for name in ROW_OF_BINDING},
+        **{name: finite(value) for name, value in _escape(masses, weights, clip).items()},
         "binding_class": binding,
-        "clip": _finite(clip),
+        "clip": finite(clip),
         "in_scope": not reasons,
         "out_of_scope": reasons,
         "classes": {
-            name: {key: _finite(value) for key, value in row.items()}
+            name: {key: finite(value) for key, value in row.items()}
             for name, row in classes.items()
         },
         "num_prompts": num_prompts,
@@ -257,7 +257,8 @@ def _interval(values: Sequence[float]) -> list[float]:
     return [float(low), float(high)]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """For JSON, which lacks infinities and NaN: None in their place, in lists too."""
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value if not isinstance(value, float) or math.isfinite(value) else None

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from listopd_ray.cliff.calibration import FLOOR_SHARE
+from listopd_ray.cliff.calibration import FLOOR_SHARE, finite
 from listopd_ray.cliff.threshold import rescale_onset
 from listopd_ray.types import ListopdError
 
@@ -121,9 +121,9 @@ def measure_onset(
         "parse_rates": mean.tolist(),
         "floor": float(floor),
         "low": low,
-        "high": _finite(high),
-        "onset_interval": [_finite(float(edge)) for edge in interval],
-        "onset_by_seed": {str(s): [low, _finite(high)] for s, (low, high) in own.items()},
+        "high": finite(high),
+        "onset_interval": [finite(float(edge)) for edge in interval],
+        "onset_by_seed": {str(s): [low, finite(high)] for s, (low, high) in own.items()},
         "num_seeds": len(seeds),
         "shape": _shape(trials, lams, mean, high),
     }
@@ -197,7 +197,7 @@ def _shape(
     trials: Sequence[Mapping[str, Any]], lams: Sequence[float], mean: np.ndarray, high: float
 ) -> dict[str, Any]:
     """What a cliff looks like: half at the onset, a quarter a point later, ranking unmoved."""
-    shares = [float(rate / mean[0]) if mean[0] else None for rate in mean]
+    shares = [float(rate / mean[0]) for rate in mean]
     at = lams.index(high) if math.isfinite(high) else None
     ndcg = {
         lam: float(np.mean(values))
@@ -220,7 +220,3 @@ def _shape(
         "ndcg_at_1_spread": spread,
         "ranking_unmoved": None if spread is None else spread <= RANKING_SPREAD,
     }
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
