@@ -106,20 +106,27 @@ def read_onset(config: CalibrateConfig) -> dict[str, Any]:
     tests = content.get("tests") if isinstance(content, dict) else None
     if not isinstance(tests, list):
         raise ListopdError(f"{file}: neither a bracket.json nor a verdict.json")
-    onsets = [
-        {**test, "low": test["measured_low"], "high": test["measured_high"]}
+    onsets = {
+        test["name"].removesuffix(" apriori"): test
+        | {"low": test["measured_low"], "high": test["measured_high"]}
         for test in tests
         if test["kind"] == "apriori"
         and test["measured_high"] is not None
         and test["num_steps"] == config.num_steps
         and config.from_clip in (None, test["clip"])
-    ]
+    }
+    if config.from_curve is not None:
+        onsets = {name: onset for name, onset in onsets.items() if name == config.from_curve}
     if not onsets:
-        raise ListopdError(
-            f"{file}: no onset measured with num_steps={config.num_steps}"
-            + (f" and clip {config.from_clip:g}" if config.from_clip else "")
-        )
-    return min(onsets, key=lambda onset: abs(math.log(onset["clip"] / config.clip)))
+        asked = [f"num_steps={config.num_steps}"]
+        asked += [f"clip {config.from_clip:g}"] if config.from_clip else []
+        asked += [f"curve {config.from_curve}"] if config.from_curve else []
+        raise ListopdError(f"{file}: no onset measured with {', '.join(asked)}")
+    distances = {n: abs(math.log(o["clip"] / config.clip)) for n, o in onsets.items()}
+    nearest = [name for name in onsets if distances[name] == min(distances.values())]
+    if len(nearest) > 1:
+        raise ListopdError(f"{file}: several onsets, give from_curve=… ({', '.join(nearest)})")
+    return onsets[nearest[0]]
 
 
 def print_prediction(prediction: dict[str, Any]) -> None:

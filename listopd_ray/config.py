@@ -236,7 +236,8 @@ class CalibrateConfig(Config):
     """Of `listopd calibrate`."""
 
     from_: str | None = None  # verdict.json or bracket.json: scale its onset to this clip
-    from_clip: float | None = None  # which of a verdict's onsets; null: the nearest clip's
+    from_clip: float | None = None  # which of a verdict's clips; null: the nearest
+    from_curve: str | None = None  # which of its curves, where several have that clip
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,7 @@ class StudySection:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     curves: dict[str, Curve] = field(default_factory=dict)  # in the order they are run
     only: list[str] = field(default_factory=list)  # curves to run this time; none: all
+    compare: list[str] = field(default_factory=list)  # curves set side by side in the report
     baselines: bool = False  # also judge what a user would do in place of extrapolation
 
 
@@ -387,8 +389,10 @@ def _validate(config: Config) -> None:
         require(config.extrapolation == "plain", "lam", "auto needs extrapolation=plain")
     else:
         require(math.isfinite(config.lam) and config.lam >= 0, "lam", "λ must be finite and ≥ 0")
-    governed_bounded = config.governor.enabled and config.extrapolation == "bounded"
-    require(not governed_bounded, "governor.enabled", "needs extrapolation=plain")
+    if config.governor.enabled:
+        plain = config.extrapolation == "plain"
+        require(plain, "governor.enabled", "needs extrapolation=plain")
+        require(math.isfinite(config.clip), "governor.enabled", "needs a finite clip")
     for key in ("governor.margin", "governor.decay", "alarm.backoff", "alarm.parse_share"):
         require(0 <= attrgetter(key)(config) < 1, key, "must lie in [0, 1)")
     require(config.clip > 1, "clip", "c must be > 1 (.inf for no clip)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,16 @@ class Steering:
         return {"step": step, "action": action, "reason": self._reason, "lam": lam}
 
     def state(self) -> dict[str, Any]:
-        return {"governor": self._governor.state(), "alarm": self._alarm.state()}
+        return {
+            "governor": self._governor.state(),
+            "alarm": self._alarm.state(),
+            "warned": self._warned,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         self._governor.restore(state["governor"])
         self._alarm.restore(state["alarm"])
-        self._reason, self._warned = None, False
+        self._reason, self._warned = None, state["warned"]
 
 
 def predicted_threshold(config: Config) -> float | None:
@@ -92,11 +97,16 @@ def predicted_threshold(config: Config) -> float | None:
 
 
 def check_prediction(config: Config, hashes: dict[str, str]) -> None:
-    """Raises ListopdError where the prediction speaks of other data or models than the run's."""
-    made_for = read_prediction(config).get("hashes", {})
+    """Raises ListopdError where the prediction speaks of other data or models than the run's; says
+    where it is out of scope and yet to steer."""
+    prediction = read_prediction(config)
+    made_for = prediction.get("hashes", {})
     for name in ("data", "teacher", "warm_start"):
         if name in made_for and hashes[name] not in made_for[name]:
             raise ListopdError(f"prediction: {config.prediction}: was made for another {name}")
+    if config.governor.enabled or config.lam == "auto":
+        for reason in prediction.get("out_of_scope", []):
+            print(f"prediction: {config.prediction}: out of scope: {reason}", file=sys.stderr)
 
 
 def read_prediction(config: Config) -> dict[str, Any]:

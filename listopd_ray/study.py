@@ -13,8 +13,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,6 @@ def study_job(config: StudyConfig) -> None:
             predictor = Predictor(config, slots)
             for name, curve in chosen.items():
                 failed += run_curve(config, name, curve, slots, predictor)
-                report(config)
         report(config, list(_baselines(config)) if study.baselines else [])
     print(f"study: {directory}")
     if failed:
@@ -94,13 +95,13 @@ def report(config: StudyConfig, baselines: Sequence[dict[str, Any]] = ()) -> Non
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_file(directory / "trials.jsonl", lines)
     begun = {name: plan for name, plan in plans.items() if any(r["curve"] == name for r in rows)}
-    write_report(directory, study_verdict(directory, rows, begun), rows)
+    write_report(directory, study_verdict(directory, rows, begun), rows, config.study.compare)
 
 
 def run_curve(
     config: StudyConfig, name: str, curve: Curve, slots: Slots, predictor: Predictor
 ) -> list[tuple[str, str]]:
-    """Lock what is predicted, run what is missing; (trial, error) of the trials that fail."""
+    """Lock what is predicted, run and report what is missing; (trial, error) of those that fail."""
     plan = predictor.lock(name, curve)
     trials = list(_trials(config, name, curve, plan["lams"]))
     known = {} if _is_predicted(curve) else _finished_elsewhere(config, name)
@@ -120,6 +121,8 @@ def run_curve(
             parse_rate, seconds = summary["student"]["parse_rate"], summary["seconds"]
             bar.write(f"{trial.name}: strict parse {parse_rate:.3f}, {seconds:.0f} s")
     bar.close()
+    if missing:
+        report(config)
     return failed
 
 
@@ -347,12 +350,15 @@ def _check(config: StudyConfig) -> None:
     check_writable(run_directory(config))
     if not study.curves:
         raise ListopdError("study.curves: give at least one (see conf/study.yaml)")
-    unknown = [name for name in study.only if name not in study.curves]
-    if unknown:
-        raise ListopdError(f"study.only: no curve '{unknown[0]}'")
+    for key, names in (("only", study.only), ("compare", study.compare)):
+        unknown = [name for name in names if name not in study.curves]
+        if unknown:
+            raise ListopdError(f"study.{key}: no curve '{unknown[0]}'")
     before: set[str] = set()
     for name, curve in study.curves.items():
         key = f"study.curves.{name}"
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ListopdError(f"{key}: a name has letters, digits, '.', '-' and '_' only")
         for source in (curve.calibrated_from, curve.budget_from):
             if source is not None and source not in before:
                 raise ListopdError(f"{key}: '{source}' is no earlier curve")
@@ -364,5 +370,8 @@ def _check(config: StudyConfig) -> None:
             raise ListopdError(f"{key}.seeds: give at least one")
         if not (curve.step > 0 and curve.points >= 1):
             raise ListopdError(f"{key}: step must be > 0 and points ≥ 1")
+        gaps = [high - low for low, high in pairwise(curve.lams)]
+        if curve.judge and min(gaps, default=curve.step) < curve.step - 1e-9:
+            raise ListopdError(f"{key}: step={curve.step:g} is wider than a gap of lams")
         next(_trials(config, name, curve, [1.0]))  # the keys it sets
         before.add(name)

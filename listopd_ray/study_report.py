@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -28,20 +29,46 @@ REASON_COLOURS = dict(
 KIND_COLOURS = {"apriori": ORANGE, "calibrated": GREEN, "budget": "#CC79A7", "escape": "#D55E00"}
 
 
+METHOD_STYLES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), ("#CC79A7", "D"), ("#56B4E9", "v"))
+BASELINE_LINES: tuple[Any, ...] = ("--", "-.", ":", (0, (5, 1)))
+COMPARED = {
+    "parse_rate": "strict parse",
+    "ndcg_at_1": "NDCG@1 of parsed",
+    "ndcg_at_k_all": "NDCG@K, unparsed 0",
+    "mean_lam": "mean working λ",
+    "seconds": "seconds",
+}
+
+
 def write_report(
-    directory: Path, verdict: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+    directory: Path,
+    verdict: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    compare: Sequence[str] = (),
 ) -> None:
-    """`verdict.json`, `study.md` and one figure a curve into `directory`; the tests on screen."""
+    """`verdict.json`, `study.md` and one figure a curve into `directory`; the tests on screen.
+
+    The curves of `compare` come side by side, with the baselines, and in `compare.svg`.
+    """
     replace_file(directory / "verdict.json", json.dumps(verdict, indent=2) + "\n")
     curves = {row["curve"]: [r for r in rows if r["curve"] == row["curve"]] for row in rows}
-    parts = [tests_table(verdict)]
-    parts += [curve_table(name, curve, verdict) for name, curve in curves.items()]
+    baselines = {name: curve for name, curve in curves.items() if curve[0]["lam"] is None}
+    compared = {name: curves[name] for name in compare if name in curves}
+    predictions = tests_table(verdict)
+    parts = ["## Predictions\n", predictions, "## What they rest on\n", scope_table(verdict)]
+    if compared:
+        parts += ["## Methods\n", comparison(compared, baselines)]
+        draw_comparison(directory / "compare.svg", compared, baselines)
+    parts.append("## Curves\n")
+    parts += [
+        curve_table(name, curve, verdict) for name, curve in curves.items() if name not in baselines
+    ]
     replace_file(directory / "study.md", "\n".join(parts))
     for name, curve in curves.items():
         if name in verdict["curves"]:
             tests = [t for t in verdict["tests"] if t["name"].rsplit(" ", 1)[0] == name]
             draw_curve(directory / f"{name}.svg", name, curve, verdict["curves"][name], tests)
-    rich.print(Markdown(parts[0]))
+    rich.print(Markdown(predictions))
 
 
 def tests_table(verdict: Mapping[str, Any]) -> str:
@@ -58,6 +85,79 @@ def tests_table(verdict: Mapping[str, Any]) -> str:
             f"{_onset(test['measured_low'], test['measured_high'])} | {inside} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def scope_table(verdict: Mapping[str, Any]) -> str:
+    """What every a-priori prediction rests on (masses, strict parse), and where it bows out."""
+    lines = [
+        "| curve | p | b | warm start | teacher | λ* | onset | inside | out of scope |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for test in verdict["tests"]:
+        if test["kind"] != "apriori":
+            continue
+        keys = ("teacher_mass", "base_mass", "warm_start_parse_rate", "teacher_parse_rate")
+        numbers = ["–" if test[key] is None else f"{test[key]:.3f}" for key in keys]
+        predicted = "–" if test["predicted"] is None else f"{test['predicted']:.3f}"
+        onset = _onset(test["measured_low"], test["measured_high"])
+        inside = {True: "yes", False: "**no**", None: "–"}[test["inside"]]
+        name, reasons = test["name"].removesuffix(" apriori"), "; ".join(test["out_of_scope"])
+        lines.append(_table_row(name, (*numbers, predicted, onset, inside, reasons)))
+    return "\n".join(lines) + "\n"
+
+
+def comparison(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    baselines: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> str:
+    """Method against λ, one table a metric; then the baselines."""
+    lams = sorted({row["lam"] for rows in curves.values() for row in rows})
+    tables = []
+    for key, title in COMPARED.items():
+        lines = [
+            _table_row(title, (f"λ = {lam:g}" for lam in lams)),
+            "|---" * (1 + len(lams)) + "|",
+        ]
+        for name, rows in curves.items():
+            at = ([row for row in rows if row["lam"] == lam] for lam in lams)
+            lines.append(_table_row(name, (_mean(trials, key) for trials in at)))
+        tables.append("\n".join(lines) + "\n")
+    if baselines:
+        lines = [_table_row("baseline", COMPARED.values()), "|---" * (1 + len(COMPARED)) + "|"]
+        for name, rows in baselines.items():
+            lines.append(_table_row(name, (_mean(rows, key) for key in COMPARED)))
+        tables.append("\n".join(lines) + "\n")
+    return "\n".join(tables)
+
+
+def draw_comparison(
+    file: Path,
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    baselines: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> None:
+    """Strict parse, and NDCG@K with unparsed as zero, of every method against λ."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.8), sharex=True, layout="constrained")
+    keys = ("parse_rate", "ndcg_at_k_all")
+    for axis, key in zip(axes, keys, strict=True):
+        for (name, rows), (colour, marker) in zip(curves.items(), METHOD_STYLES, strict=False):
+            lams = sorted({row["lam"] for row in rows})
+            at = {lam: _values([r for r in rows if r["lam"] == lam], key) for lam in lams}
+            means = [fmean(values) for values in at.values()]
+            axis.plot(lams, means, f"-{marker}", color=colour, label=name, lw=1.6, ms=5)
+            points = [(lam, value) for lam, values in at.items() for value in values]
+            axis.plot(*zip(*points, strict=True), marker, color=colour, alpha=0.25, ms=4, ls="none")
+        for (name, rows), dashes in zip(baselines.items(), BASELINE_LINES, strict=False):
+            axis.axhline(fmean(_values(rows, key)), color="#777777", lw=1.2, ls=dashes, label=name)
+        axis.set(ylim=(-0.03, 1.03), xlabel="λ", title=COMPARED[key])
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+    )
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
 
 
 def curve_table(name: str, rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any]) -> str:
@@ -79,8 +179,7 @@ def curve_table(name: str, rows: Sequence[Mapping[str, Any]], verdict: Mapping[s
         at = [row for row in rows if row["lam"] == lam]
         reasons = failures(at)
         listed = ", ".join(f"{reason} {share:.2f}" for reason, share in reasons.items() if share)
-        parsed = [row for row in at if row["parse_rate"] >= ENOUGH_PARSED]
-        cells = [_mean(at, "parse_rate"), _mean(parsed, "ndcg_at_1"), _mean(at, "ndcg_at_k_all")]
+        cells = [_mean(at, key) for key in ("parse_rate", "ndcg_at_1", "ndcg_at_k_all")]
         seconds = sum(row["seconds"] for row in at) / len(at)
         worked = sum(row.get("mean_lam") or 0 for row in at) / len(at)
         governed = lam is not None and abs(worked - lam) > 1e-9
@@ -152,11 +251,23 @@ def draw_curve(
     plt.close(figure)
 
 
+def _table_row(first: str, cells: Iterable[str]) -> str:
+    return f"| {first} | {' | '.join(cells)} |"
+
+
+def _values(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """Of the trials that count: NDCG of parsed outputs means nothing where a handful parse."""
+    counted = [r for r in rows if key != "ndcg_at_1" or r["parse_rate"] >= ENOUGH_PARSED]
+    return [row[key] for row in counted if row.get(key) is not None]
+
+
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> str:
-    values = [row[key] for row in rows if row[key] is not None]
+    """With the range over seeds."""
+    values, digits = _values(rows, key), 0 if key == "seconds" else 3
     if not values:
         return "–"
-    return f"{sum(values) / len(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
+    numbers = (fmean(values), min(values), max(values))
+    return "{} [{}, {}]".format(*(f"{number:.{digits}f}" for number in numbers))
 
 
 def _onset(low: float, high: float | None) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -73,10 +73,16 @@ class Run:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def restore(self, learner: Saves) -> dict[str, Any] | None:
-        """State of the newest checkpoint, put into `learner`; later metrics and samples are cut."""
+        """State of the newest checkpoint, put into `learner`; what was logged later is cut, but for
+        roll-backs."""
         state = restore_latest(self.directory / "checkpoints", learner)
+        last_step = state["step"] if state else -1
         for name in ("metrics.jsonl", "samples.jsonl"):
-            _truncate(self.directory / name, state["step"] if state else -1)
+            _truncate(self.directory / name, lambda row: row["train/step"] <= last_step)
+        _truncate(
+            self.directory / "events.jsonl",
+            lambda event: event["action"] == "rollback" or event["step"] <= last_step,
+        )
         return state
 
     def save(self, step: int, learner: Saves, state: dict[str, Any], *, healthy: bool) -> None:
@@ -224,13 +230,13 @@ def _append(file: Path, rows: Sequence[dict[str, Any]]) -> None:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _truncate(file: Path, last_step: int) -> None:
-    """Drop the lines after `last_step`: their steps are about to be taken again."""
+def _truncate(file: Path, keeps: Callable[[Any], bool]) -> None:
+    """Drop the lines that are not to be kept: their steps are about to be taken again."""
     if not file.exists():
         return
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # a crash may have cut the last one
-    replace_file(file, "".join(s for s in whole if json.loads(s)["train/step"] <= last_step))
+    replace_file(file, "".join(s for s in whole if keeps(json.loads(s))))
 
 
 def read_json(file: Path, what: str) -> Any:

@@ -153,20 +153,26 @@ def scale_prediction(source: Mapping[str, Any], clip: float) -> dict[str, Any]:
 
     `source` holds `low`, `high` (the interval's edges, λ), `clip` and `num_steps`. Each edge is
     scaled by log c / log c₀ (one onset fixes Δ_eff); the prediction is the interval's middle. It
-    speaks of the same models and the same number of updates.
+    speaks of the same models and the same number of updates: what `source` says of them is kept,
+    and clip exit and runaway are those of its masses at `clip`.
     """
     for key in ("low", "high", "clip"):
         if not isinstance(source.get(key), int | float):
             raise ListopdError(f"calibrated prediction: the onset's {key} is {source.get(key)}")
     low, high, from_clip = source["low"], source["high"], source["clip"]
     edges = [calibrated_lambda_star(edge, from_clip, clip) for edge in (low, high)]
+    kept = ("num_steps", "binding_class", "teacher_mass", "base_mass", "hashes")
+    p, b = source.get("teacher_mass"), source.get("base_mass")
+    exits = (None, None) if p is None or b is None else (clip_exit(p, b, clip), runaway(p, b, clip))
     return {
         "kind": "calibrated",
-        "lambda_star": sum(edges) / 2,
-        "lambda_star_low": edges[0],
-        "lambda_star_high": edges[1],
-        "clip": clip,
-        "num_steps": source.get("num_steps"),
+        "lambda_star": finite(sum(edges) / 2),
+        "lambda_star_low": finite(edges[0]),
+        "lambda_star_high": finite(edges[1]),
+        "clip_exit": finite(exits[0]),
+        "runaway": finite(exits[1]),
+        "clip": finite(clip),
+        **{key: source[key] for key in kept if key in source},
         "from": {"clip": from_clip, "low": low, "high": high},
     }
 

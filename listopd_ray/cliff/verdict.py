@@ -29,6 +29,16 @@ NUM_RESAMPLES = 2000
 TESTABLE_STEPS = 3  # a shift of the onset below so many grid steps cannot be told from none
 RANKING_SPREAD = 0.15  # NDCG@1 of parsed outputs may move by this much along a curve
 ENOUGH_PARSED = 0.05  # share of outputs that must parse for their NDCG to count
+ORIGIN = (  # what a test keeps of an a-priori prediction: what it rests on
+    "binding_class",
+    "teacher_mass",
+    "base_mass",
+    "warm_start_parse_rate",
+    "teacher_parse_rate",
+    "in_scope",
+    "out_of_scope",
+    "hashes",
+)
 
 
 def study_verdict(
@@ -149,6 +159,7 @@ def judge(
         "predicted_high": prediction["lambda_star_high"],
         "measured_low": low,
         "measured_high": high,
+        **{key: prediction[key] for key in ORIGIN if key in prediction},
     }
     if prediction.get("not_testable"):
         return test | {"inside": None, "why": prediction["not_testable"]}

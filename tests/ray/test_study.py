@@ -334,6 +334,12 @@ def test_a_budget_prediction_starts_from_the_onset_at_another_budget(slots, make
         ({"a": Curve(set={"clpi": 2.0})}, "Key 'clpi' not in 'Config'"),
         ({"a": Curve(set={"clip": 0.5})}, "clip: c must be > 1"),
         ({"a": Curve(step=0.0)}, "study.curves.a: step must be > 0"),
+        (
+            {"a": Curve(lams=[1.0, 1.1, 1.15], judge=True)},
+            "study.curves.a: step=0.1 is wider than a gap of lams",
+        ),
+        ({"a/b": Curve()}, "study.curves.a/b: a name has letters"),
+        ({"a*": Curve()}, r"study.curves.a\*: a name has letters"),
     ],
 )
 def test_a_mistake_in_a_curve_is_one_line_before_anything_is_written(

@@ -1,10 +1,14 @@
+import json
 import math
 
 import numpy as np
 import pytest
 from fakes import make_rollout
 
+from listopd_ray.calibrate import read_onset
 from listopd_ray.cliff.calibration import UNUSED_ID, measure, pool, predict, scale_prediction
+from listopd_ray.cliff.threshold import clip_exit, runaway
+from listopd_ray.config import CalibrateConfig
 from listopd_ray.types import ListopdError, ScoredRollout, TokenClass
 
 # Opening, id, separator, id, closing, end: an output of two items.
@@ -197,8 +201,57 @@ def test_an_onset_scales_to_another_clip_edge_by_edge():
     assert prediction["lambda_star_high"] == pytest.approx(1 + 0.4 * ratio)
     assert prediction["lambda_star"] == pytest.approx(1 + 0.35 * ratio)
     assert (prediction["clip"], prediction["num_steps"]) == (5.0, 120)
+    assert (prediction["clip_exit"], prediction["runaway"]) == (None, None)  # of no known masses
     with pytest.raises(ListopdError, match="the onset's high is None"):
         scale_prediction(source | {"high": None}, 5.0)
+
+
+def test_a_calibrated_prediction_keeps_what_its_onset_was_measured_on():
+    origin = {
+        "binding_class": "item_id",
+        "teacher_mass": 0.767,
+        "base_mass": 0.288,
+        "hashes": {"data": ["d"]},
+    }
+    source = {"low": 1.3, "high": 1.4, "clip": 2.0, "num_steps": 120, **origin}
+    prediction = scale_prediction(source, 5.0)
+    assert {key: prediction[key] for key in origin} == origin
+    assert prediction["clip_exit"] == pytest.approx(clip_exit(0.767, 0.288, 5.0))
+    assert prediction["runaway"] == pytest.approx(runaway(0.767, 0.288, 5.0))
+    without_clip = scale_prediction(source, math.inf)
+    names = ("lambda_star", "lambda_star_low", "lambda_star_high", "clip_exit", "runaway", "clip")
+    assert [without_clip[name] for name in names] == [None] * 6
+
+
+def test_an_onset_is_read_by_budget_clip_and_curve(tmp_path):
+    def entry(name, clip, high=1.4, **changes):
+        edges = {"measured_low": 1.3, "measured_high": high}
+        return {"name": f"{name} apriori", "kind": "apriori", "clip": clip} | edges | changes
+
+    tests = [
+        entry("core", 2.0, num_steps=120),
+        entry("fine", 2.0, num_steps=120, high=1.35),
+        entry("five", 5.0, num_steps=120, high=1.9),
+        entry("short", 2.0, num_steps=30, high=1.6),
+        entry("holds", 2.0, num_steps=60, high=None),
+        entry("core", 2.0, num_steps=120, high=1.7) | {"kind": "escape"},
+    ]
+    file = tmp_path / "verdict.json"
+    file.write_text(json.dumps({"tests": tests}))
+
+    def read(**settings):
+        return read_onset(CalibrateConfig(from_=str(file), **settings))["high"]
+
+    assert read(from_curve="fine", clip=5.0) == 1.35
+    assert read(clip=4.0) == 1.9
+    assert read(num_steps=30, clip=1.3) == 1.6
+    for settings, error in (
+        ({"clip": 1.3}, r"several onsets, give from_curve=… \(core, fine\)"),
+        ({"num_steps": 60}, "no onset measured with num_steps=60"),
+        ({"from_clip": 5.0, "from_curve": "core"}, "with num_steps=120, clip 5, curve core"),
+    ):
+        with pytest.raises(ListopdError, match=error):
+            read(**settings)
 
 
 def test_escape_is_where_the_mean_advantage_of_first_ids_falls_to_the_clips_bound():

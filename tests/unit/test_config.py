@@ -234,6 +234,7 @@ def test_the_key_from_is_one_of_calibration_alone(write_yaml):
     assert {key for key, _, _ in describe_keys(CalibrateConfig) if "from" in key} == {
         "from",
         "from_clip",
+        "from_curve",
     }
     assert one_line_error("from=a.json") == "from=a.json: Key 'from' not in 'Config'"
 

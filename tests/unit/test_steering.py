@@ -132,6 +132,18 @@ def test_a_prediction_for_other_models_is_refused(write_prediction):
     check_prediction(Config(prediction=calibrated, clip=2.0), ours)
 
 
+@pytest.mark.parametrize(
+    ("settings", "steers"), [({}, False), ({"lam": "auto"}, True), ({"governor": GOVERNED}, True)]
+)
+def test_a_prediction_out_of_scope_is_said_where_it_steers(
+    write_prediction, capsys, settings, steers
+):
+    file = write_prediction({"lambda_star": 1.5, "clip": 2.0, "out_of_scope": ["no headroom"]})
+    check_prediction(Config(prediction=str(file), clip=2.0, **settings), {})
+    said = f"prediction: {file}: out of scope: no headroom\n"
+    assert capsys.readouterr().err == (said if steers else "")
+
+
 @pytest.mark.parametrize("asked", [3.0, 0.5])
 def test_every_roll_back_keeps_backoff_of_the_distance_to_one(asked):
     for number in range(4):
@@ -160,6 +172,14 @@ def test_a_warning_is_given_once_until_outputs_are_healthy_again():
     assert steered.healthy
     assert ring(steered, step=33)["action"] == "warn"
     assert steered.lam(1) == 2.0  # a warning changes nothing
+
+
+def test_a_warning_given_before_a_checkpoint_is_not_given_again_after_it():
+    before, resumed = steering(alarm=alarm("warn")), steering(alarm=alarm("warn"))
+    assert ring(before)
+    resumed.restore(json.loads(json.dumps(before.state())))
+    resumed.observe(seen(0.0), 2.0)
+    assert resumed.event(8, 2.0) is None
 
 
 def test_a_recovery_that_is_not_complete_brings_no_second_warning():

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -453,3 +454,22 @@ def test_a_governed_run_begins_at_one_and_a_wrong_prediction_ends_it(collapsing,
     file.write_text('{"lambda_star": 1.5, "clip": 3.0}')
     with pytest.raises(ListopdError, match=r"prediction\.json: is for c = 3, the run has c = 2$"):
         start(dataclasses.replace(config, name="other", prediction=str(file)))
+
+
+@pytest.mark.parametrize("action", ["warn", "stop"])
+@pytest.mark.parametrize("fail_at", [1, 3, 5, 7, 8, 9])
+def test_a_resumed_run_over_the_cliff_records_its_alarm_once(
+    collapsing, start, tmp_path, action, fail_at
+):
+    config = with_alarm(collapsing, action=action)
+    broken = in_another_place(config, tmp_path)
+
+    def run(config, **options):
+        with contextlib.suppress(ListopdError):  # of the stop
+            start(config, cliff=CLIFF, **options)
+        file = Path(config.out) / config.name / "events.jsonl"
+        return rows(config, "events.jsonl") if file.exists() else []
+
+    run(broken, fail_at=fail_at)
+    assert run(broken) == run(config) != []
+    assert rows(broken) == rows(config)

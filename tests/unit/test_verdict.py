@@ -160,6 +160,12 @@ def test_a_prediction_is_inside_within_half_a_step_of_the_onset_interval(star, i
     assert (test["measured_low"], test["measured_high"]) == (1.3, 1.4)
 
 
+def test_a_test_keeps_what_its_prediction_rests_on_and_said_against_itself():
+    origin = {"teacher_mass": 0.8, "in_scope": False, "out_of_scope": ["no headroom"]}
+    test = judge("core", make_prediction(1.35, **origin), make_onset(1.3, 1.4), step=0.1)
+    assert {key: test[key] for key in origin} == origin
+
+
 def test_what_cannot_be_decided_is_none_with_the_reason():
     nothing = judge("core", make_prediction(None), make_onset(1.3, 1.4), step=0.1)
     assert (nothing["inside"], nothing["why"]) == (None, "nothing predicted")
