@@ -22,7 +22,7 @@ from typing import Any
 
 from listopd_ray.baselines import run_baselines
 from listopd_ray.calibrate import Measured, make_prediction, print_prediction
-from listopd_ray.cliff.calibration import scale_prediction
+from listopd_ray.cliff.calibration import FIRST_ID, scale_prediction
 from listopd_ray.cliff.verdict import (
     CRITERION,
     budget_prediction,
@@ -178,18 +178,17 @@ class Predictor:
         print(f"{name}:", end=" ")
         print_prediction({k: v for k, v in apriori.items() if k != "classes"})
         lams = curve.lams or grid(apriori["lambda_star"], curve)
+        edges = ("lambda_star", "lambda_star_low", "lambda_star_high")
+        escape = [apriori[key] for key in ("escape", "escape_low", "escape_high")]
+        at_first = apriori["classes"].get(FIRST_ID, {})
         also = [
-            {
-                "kind": "escape",
-                "lambda_star": apriori["escape"],
-                "lambda_star_low": apriori["escape_low"],
-                "lambda_star_high": apriori["escape_high"],
-            }
+            {"kind": "escape", **dict(zip(edges, escape, strict=True))},
+            {"kind": "first_id", **{edge: at_first.get(edge) for edge in edges}},
         ]
         if curve.calibrated_from:
             source = self._onset_of(curve.calibrated_from)
             if source["high"] is None or source["num_steps"] != first.num_steps:
-                missing = dict.fromkeys(("lambda_star", "lambda_star_low", "lambda_star_high"))
+                missing = dict.fromkeys(edges)
                 why = f"{curve.calibrated_from} has no onset at {first.num_steps} updates"
                 also.append({"kind": "calibrated", **missing, "not_testable": why})
             else:

@@ -26,7 +26,13 @@ BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 REASON_COLOURS = dict(
     zip(REASONS, ("#56B4E9", "#D55E00", "#F0E442", "#CC79A7", "#999999"), strict=True)
 )
-KIND_COLOURS = {"apriori": ORANGE, "calibrated": GREEN, "budget": "#CC79A7", "escape": "#D55E00"}
+KIND_COLOURS = {
+    "apriori": ORANGE,
+    "calibrated": GREEN,
+    "budget": "#CC79A7",
+    "escape": "#D55E00",
+    "first_id": BLUE,
+}
 
 
 METHOD_STYLES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), ("#CC79A7", "D"), ("#56B4E9", "v"))

@@ -27,6 +27,8 @@ from listopd_ray.types import ListopdError, ScoredRollout, TokenClass
 
 CLASSES = (TokenClass.OPENING, TokenClass.ITEM_ID, TokenClass.SEPARATOR, TokenClass.CLOSING)
 UNUSED_ID = "unused_id"  # mass on any id not used yet: a second pair beside item_id's modal token
+FIRST_ID = "first_id"  # item_id at the first item alone, where the student knows least
+SECOND_PAIRS = (UNUSED_ID, FIRST_ID)  # reported beside the classes; they bind nothing
 NUM_RESAMPLES = 2000
 HEADROOM = (0.05, 0.95)  # strict parse of a warm start that a cliff can be seen from
 FLOOR_SHARE = 0.5  # a contract counts as broken below this share of its strict parse at λ = 1
@@ -47,7 +49,7 @@ def measure(scored: Sequence[ScoredRollout]) -> Masses:
     prompts = sorted({part.rollout.prompt.id for part in scored})
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
     names = [token_class.name.lower() for token_class in CLASSES]
-    sums = {name: np.zeros((len(prompts), 3)) for name in (*names, UNUSED_ID)}
+    sums = {name: np.zeros((len(prompts), 3)) for name in (*names, *SECOND_PAIRS)}
     per_output = dict.fromkeys(sums, 0)
     log_ratios = []
 
@@ -68,6 +70,7 @@ def measure(scored: Sequence[ScoredRollout]) -> Masses:
         ids = np.flatnonzero(~np.isnan(unused[0]))
         add(UNUSED_ID, row, unused[:, ids])
         for first in ids[:1]:
+            add(FIRST_ID, row, pair[:, [first]])
             log_ratios.append((row, part.teacher_logprobs[first] - part.base_logprobs[first]))
     return Masses(
         sums=sums,
@@ -113,7 +116,7 @@ def predict(
     unresolved = {
         name: row
         for name, row in classes.items()
-        if row["kind"] == "unresolved" and name != UNUSED_ID
+        if row["kind"] == "unresolved" and name not in SECOND_PAIRS
     }
     binding = min(unresolved, key=lambda name: unresolved[name]["lambda_star"], default=None)
     chosen = classes[binding] if binding else {}
@@ -252,7 +255,7 @@ def _out_of_scope(
         )
     onsets = {n: row["reversed_onset"] for n, row in classes.items() if "reversed_onset" in row}
     for name, onset in onsets.items():
-        if name != UNUSED_ID and (binding is None or onset < binding["lambda_star"]):
+        if name not in SECOND_PAIRS and (binding is None or onset < binding["lambda_star"]):
             reasons.append(f"{name} is reversed (p < b): parsing halves at λ = {onset:.2f} already")
     return reasons
 

@@ -12,7 +12,8 @@ import pytest
 
 from listopd_ray import study as study_module
 from listopd_ray.calibrate import Measured
-from listopd_ray.cliff.calibration import UNUSED_ID, Masses
+from listopd_ray.cliff.calibration import FIRST_ID, UNUSED_ID, Masses
+from listopd_ray.cliff.threshold import lambda_star
 from listopd_ray.config import (
     Config,
     Curve,
@@ -49,6 +50,7 @@ class FakeSlots:
     def measure(self, configs):
         pairs = dict.fromkeys(("opening", "separator", "closing", UNUSED_ID), STRUCTURE)
         pairs["item_id"] = (0.767, 0.288)  # λ* = 1.331 at c = 2
+        pairs[FIRST_ID] = (0.767, 0.16)
         sums = {name: np.tile([2.0, 2 * p, 2 * b], (8, 1)) for name, (p, b) in pairs.items()}
         masses = Masses(
             sums=sums,
@@ -155,13 +157,16 @@ def test_a_study_locks_predictions_runs_its_trials_and_judges(slots, make_study)
     study_job(config)
     assert len(slots.ran) == len(set(slots.ran)) == 2 * 6 * 2
     tests = {test["name"]: test for test in read_verdict(config)["tests"]}
-    kinds = {"c2 apriori", "c2 escape", "c5 apriori", "c5 escape", "c5 calibrated"}
-    assert set(tests) == kinds
+    kinds = [f"{curve} {kind}" for curve in CORE for kind in ("apriori", "escape", "first_id")]
+    assert set(tests) == {*kinds, "c5 calibrated"}
     # Breaks above 1.42 and 1.975: at 1.5 and at 2.0.
     assert (tests["c2 apriori"]["measured_low"], tests["c2 apriori"]["measured_high"]) == (1.4, 1.5)
     assert tests["c2 apriori"]["predicted"] == pytest.approx(1.331, abs=1e-3)
     assert tests["c2 apriori"]["inside"] is False  # below 1.35
     assert tests["c5 apriori"]["inside"] is False
+    first = tests["c2 first_id"]
+    assert first["predicted"] == pytest.approx(lambda_star(0.767, 0.16, 2.0))
+    assert first["inside"] is False
     calibrated = tests["c5 calibrated"]
     assert calibrated["predicted"] == pytest.approx(1 + 0.45 * np.log(5) / np.log(2))
     assert (calibrated["measured_low"], calibrated["measured_high"]) == (1.9, 2.0)

@@ -6,8 +6,15 @@ import pytest
 from fakes import make_rollout
 
 from listopd_ray.calibrate import read_onset
-from listopd_ray.cliff.calibration import UNUSED_ID, measure, pool, predict, scale_prediction
-from listopd_ray.cliff.threshold import clip_exit, runaway
+from listopd_ray.cliff.calibration import (
+    FIRST_ID,
+    UNUSED_ID,
+    measure,
+    pool,
+    predict,
+    scale_prediction,
+)
+from listopd_ray.cliff.threshold import clip_exit, lambda_star, runaway
 from listopd_ray.config import CalibrateConfig
 from listopd_ray.types import ListopdError, ScoredRollout, TokenClass
 
@@ -84,6 +91,7 @@ def test_the_binding_class_is_the_unresolved_one_and_gives_the_reference_thresho
         "separator": "resolved",
         "closing": "resolved",
         UNUSED_ID: "resolved",
+        FIRST_ID: "unresolved",
     }
 
 
@@ -92,6 +100,19 @@ def test_a_resolved_class_with_a_smaller_lambda_star_binds_nothing():
     prediction = make_prediction([make_scored("a", sharp)])
     assert prediction["classes"]["opening"]["lambda_star"] < prediction["lambda_star"]
     assert prediction["binding_class"] == "item_id"
+
+
+def test_the_first_id_has_its_own_masses_and_binds_nothing():
+    scored = [make_scored(str(n)) for n in range(2)]
+    for part in scored:
+        part.base_modal_logprobs[1] = math.log(0.1)  # of the two ids the first
+    prediction = make_prediction(scored)
+    row = prediction["classes"][FIRST_ID]
+    assert (row["teacher_mass"], row["base_mass"]) == pytest.approx((0.767, 0.1))
+    assert row["num_positions"] == 2
+    assert row["lambda_star"] == pytest.approx(lambda_star(0.767, 0.1, 2.0))
+    assert prediction["binding_class"] == "item_id"
+    assert prediction["base_mass"] == pytest.approx((0.1 + 0.288) / 2)
 
 
 def test_any_unused_id_is_a_second_pair_that_never_binds():
