@@ -30,6 +30,9 @@ class TokenClass(IntEnum):
     STRAY = 4  # after the token that broke the contract
 
 
+CONTRACT_CLASSES = tuple(c for c in TokenClass if c != TokenClass.STRAY)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
     id: str

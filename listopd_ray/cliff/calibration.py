@@ -23,9 +23,8 @@ from listopd_ray.cliff.threshold import (
     reversed_runaway,
     runaway,
 )
-from listopd_ray.types import ListopdError, ScoredRollout, TokenClass
+from listopd_ray.types import CONTRACT_CLASSES, ListopdError, ScoredRollout
 
-CLASSES = (TokenClass.OPENING, TokenClass.ITEM_ID, TokenClass.SEPARATOR, TokenClass.CLOSING)
 UNUSED_ID = "unused_id"  # mass on any id not used yet: a second pair beside item_id's modal token
 FIRST_ID = "first_id"  # item_id at the first item alone, where the student knows least
 SECOND_PAIRS = (UNUSED_ID, FIRST_ID)  # reported beside the classes; they bind nothing
@@ -48,7 +47,7 @@ def measure(scored: Sequence[ScoredRollout]) -> Masses:
     """Sums by class and prompt (in the order of prompt ids) of rollouts scored with a base."""
     prompts = sorted({part.rollout.prompt.id for part in scored})
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
-    names = [token_class.name.lower() for token_class in CLASSES]
+    names = [token_class.name.lower() for token_class in CONTRACT_CLASSES]
     sums = {name: np.zeros((len(prompts), 3)) for name in (*names, *SECOND_PAIRS)}
     per_output = dict.fromkeys(sums, 0)
     log_ratios = []
@@ -64,7 +63,7 @@ def measure(scored: Sequence[ScoredRollout]) -> Masses:
         assert part.base_unused_mass is not None
         logprobs = np.array([part.teacher_modal_logprobs, part.base_modal_logprobs])  # [2, T]
         pair = np.exp(logprobs.clip(max=0.0).astype(np.float64))  # rounded above 1 is still 1
-        for token_class, name in zip(CLASSES, names, strict=True):
+        for token_class, name in zip(CONTRACT_CLASSES, names, strict=True):
             add(name, row, pair[:, part.token_classes == token_class])
         unused = np.array([part.teacher_unused_mass, part.base_unused_mass]).clip(max=1.0)
         ids = np.flatnonzero(~np.isnan(unused[0]))
@@ -102,7 +101,7 @@ def predict(
     """The a-priori prediction as the object of `prediction.json`; infinities are None there.
 
     `warm_start` and `teacher` are their evaluations as `evaluation_to_dict` gives them; they decide
-    whether the prediction is in scope. The binding class is the unresolved one (b < ½ and b ≤ p)
+    whether the prediction is in scope. The binding class is the unresolved one (b ≤ ½ and b ≤ p)
     with the smallest λ*.
     """
     rng = np.random.default_rng(seed)

@@ -1,7 +1,7 @@
 """The governor: follows p, b and q of every contract class during training, and caps λ.
 
 λ* of a class is `threshold.lambda_star` at its averaged masses. The binding class is the unresolved
-one (base mass below ½) with the smallest λ*. A resolved class only sharpens when λ* is crossed, so
+one (base mass at most ½) with the smallest λ*. A resolved class only sharpens when λ* is crossed, so
 it binds nothing; a class with p ≤ b has no λ*. The cap stays below λ* and below the escape
 threshold at the first id, here with the student itself where a prediction has only the base.
 """
@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from listopd_ray.cliff.threshold import escape, lambda_star, logit, safe_lam
-from listopd_ray.types import ListopdError, TokenClass
+from listopd_ray.types import CONTRACT_CLASSES, ListopdError
 
-CLASSES = tuple(c.name.lower() for c in TokenClass if c != TokenClass.STRAY)
+CLASSES = tuple(token_class.name.lower() for token_class in CONTRACT_CLASSES)
 FIRST_ID = ("cliff/first_log_ratio", "cliff/first_clipped_log_ratio")  # D and I of `escape`
 SMALLEST_MASS = 1e-7  # of a float32 mean; masses stay this far from 0 and 1, so logits are finite
 NORMAL_95 = 1.959964  # half-width of the 95 % interval in standard errors
@@ -121,7 +121,11 @@ class Governor:
         """λ* of every unresolved class that has one."""
         measured = (name for name in CLASSES if f"base_{name}" in self._averages)
         masses = {name: self._masses(name) for name in measured}
-        return {n: lambda_star(p, b, self._clip) for n, (p, b) in masses.items() if b < min(0.5, p)}
+        return {
+            name: lambda_star(p, b, self._clip)
+            for name, (p, b) in masses.items()
+            if b <= 0.5 and b < p
+        }
 
     def _escape(self) -> float | None:
         """The escape threshold, None where it was not measured."""

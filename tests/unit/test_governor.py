@@ -119,7 +119,7 @@ def test_the_binding_class_is_the_unresolved_one_with_the_smallest_lambda_star()
 
 
 @pytest.mark.parametrize(
-    "masses", [(0.99, 0.5, 0.9), (0.3, 0.3, 0.3), (0.2, 0.3, 0.2), (0.7, None, 0.4)]
+    "masses", [(0.99, 0.51, 0.9), (0.3, 0.3, 0.3), (0.2, 0.3, 0.2), (0.7, None, 0.4)]
 )
 def test_without_an_unresolved_class_that_gains_only_tail_masses_are_reported(masses):
     measured = governor(predicted=1.5)
