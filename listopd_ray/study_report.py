@@ -31,7 +31,7 @@ KIND_COLOURS = {
     "calibrated": GREEN,
     "budget": "#CC79A7",
     "escape": "#D55E00",
-    "first_id": BLUE,
+    "first_id": "#56B4E9",
 }
 
 
