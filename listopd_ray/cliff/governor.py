@@ -1,9 +1,9 @@
 """The governor: follows p, b and q of every contract class during training, and caps λ.
 
 λ* of a class is `threshold.lambda_star` at its averaged masses. The binding class is the unresolved
-one (base mass at most ½) with the smallest λ*. A resolved class only sharpens when λ* is crossed, so
-it binds nothing; a class with p ≤ b has no λ*. The cap stays below λ* and below the escape
-threshold at the first id, here with the student itself where a prediction has only the base.
+one (base mass at most ½) with the smallest λ*. A resolved class only sharpens when λ* is crossed,
+so it binds nothing; a class with p ≤ b has no λ*. The cap stays below λ* and below the escape
+threshold at the first id, which a prediction takes from the base and the run from the student.
 """
 
 from __future__ import annotations
