@@ -16,7 +16,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +134,11 @@ class Predictor:
         self._measured: dict[str, list[Measured]] = {}
 
     def lock(self, name: str, curve: Curve) -> dict[str, Any]:
-        """The plan of a curve: as locked, or locked now where something is predicted.
+        """The plan of a curve: as locked, or locked now where something is predicted. A locked grid
+        may be refined, which changes no prediction; the verdict lists the λ added.
 
         Raises ListopdError where a trial came before its prediction, where a trial carries another
-        one, and where the plan is not the one that was locked.
+        one, and where the plan is otherwise not the one that was locked.
         """
         if not _is_predicted(curve):
             return _plan(self._config, curve, curve.lams)
@@ -155,15 +155,18 @@ class Predictor:
                     raise ListopdError(f"{file}: refused: {earlier.parent.name} is the same trial")
             replace_file(file, json.dumps(prediction, indent=2) + "\n")
         locked = json.loads(file.read_text(encoding="utf-8"))
-        wanted = _plan(self._config, curve, curve.lams or locked["plan"]["lams"])
+        plan = _known_plan(self._config, name)
+        wanted = _plan(self._config, curve, locked["plan"]["lams"])
         changed = [key for key in wanted if wanted[key] != locked["plan"].get(key)]
+        if curve.lams not in ([], plan["lams"]):  # one that was locked is missing
+            changed.append("lams")
         if changed:
             raise ListopdError(f"{file}: locked with another {', '.join(changed)}")
         digest = sha256(file)
         for summary_file in sorted(trials.glob(f"{name}-lam*/summary.json")):
             if json.loads(summary_file.read_text())["prediction_sha256"] != digest:
                 raise ListopdError(f"{summary_file}: was run under another prediction than {file}")
-        return locked["plan"]
+        return plan
 
     def _predict(self, name: str, curve: Curve) -> dict[str, Any]:
         first = next(_trials(self._config, name, curve, [1.0]))
@@ -285,11 +288,12 @@ def _saved_identity(file: Path) -> str:
 
 
 def _known_plan(config: StudyConfig, name: str) -> dict[str, Any]:
-    """`lams` and `seeds` as locked, or as configured; no `lams` before they are predicted."""
-    file = _prediction_file(config, name)
+    """`lams` and `seeds` as locked, with `lams` added since, or as configured; no `lams` before
+    they are predicted."""
+    file, curve = _prediction_file(config, name), config.study.curves[name]
     if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))["plan"]
-    curve = config.study.curves[name]
+        plan = json.loads(file.read_text(encoding="utf-8"))["plan"]
+        return plan | {"lams": sorted({*plan["lams"], *curve.lams})}
     return {"lams": curve.lams, "seeds": _seeds(config, curve)}
 
 
@@ -369,8 +373,5 @@ def _check(config: StudyConfig) -> None:
             raise ListopdError(f"{key}.seeds: give at least one")
         if not (curve.step > 0 and curve.points >= 1):
             raise ListopdError(f"{key}: step must be > 0 and points ≥ 1")
-        gaps = [high - low for low, high in pairwise(curve.lams)]
-        if curve.judge and min(gaps, default=curve.step) < curve.step - 1e-9:
-            raise ListopdError(f"{key}: step={curve.step:g} is wider than a gap of lams")
         next(_trials(config, name, curve, [1.0]))  # the keys it sets
         before.add(name)

@@ -64,9 +64,10 @@ def study_verdict(
             step = locked["plan"]["step"]
             if any(trial["prediction_sha256"] != sha256(file) for trial in trials):
                 raise ListopdError(f"{file}: is not the prediction that {name} was run under")
+            added = sorted(set(plan["lams"]) - set(locked["plan"]["lams"]))
             tests += [
                 judge(f"{name} {prediction['kind']}", prediction, curves[name], step)
-                | {"prediction_sha256": sha256(file)}
+                | {"prediction_sha256": sha256(file), "lams_added_later": added}
                 for prediction in (locked, *locked["also"])
             ]
     return {
@@ -165,11 +166,12 @@ def judge(
         return test | {"inside": None, "why": prediction["not_testable"]}
     if predicted is None:
         return test | {"inside": None, "why": "nothing predicted"}
-    if predicted < low - step / 2:
+    margin = (step if high is None else min(step, high - low)) / 2  # finer where the grid is
+    if predicted < low - margin:
         return test | {"inside": False}
     if high is None:
         return test | {"inside": None, "why": f"holds at every λ up to {low:g}"}
-    return test | {"inside": predicted <= high + step / 2}
+    return test | {"inside": predicted <= high + margin}
 
 
 def budget_prediction(

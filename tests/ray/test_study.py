@@ -140,6 +140,10 @@ CORE = {
 }
 
 
+def with_lams(name, lams):
+    return {**CORE, name: dataclasses.replace(CORE[name], lams=lams)}
+
+
 def read_verdict(config):
     return json.loads((run_directory(config) / "verdict.json").read_text())
 
@@ -242,9 +246,29 @@ def test_a_plan_that_was_changed_after_it_was_locked_is_refused(slots, make_stud
         (make_study(**other_clip), "set"),
         (make_study(**{**CORE, "c2": dataclasses.replace(CORE["c2"], seeds=[0])}), "seeds"),
         (dataclasses.replace(make_study(**CORE), num_steps=60), "num_steps"),
+        (make_study(**with_lams("c2", [1.0, 1.2, 1.3, 1.5, 1.6])), "lams"),  # without 1.4
     ):
         with pytest.raises(ListopdError, match=f"locked with another {what}"):
             study_job(changed)
+
+
+def test_a_locked_grid_may_be_refined_and_the_verdict_says_by_what(slots, make_study):
+    study_job(make_study(**CORE))
+    before = list(slots.ran)
+    refined = make_study(**with_lams("c2", [1.0, 1.2, 1.3, 1.4, 1.45, 1.5, 1.6]))
+    prediction = run_directory(refined) / "predictions" / "c2.json"
+    digest = study_module.sha256(prediction)
+    study_job(refined)
+    assert slots.ran[len(before) :] == ["c2-lam1.45-s0", "c2-lam1.45-s1"]
+    assert study_module.sha256(prediction) == digest
+    tests = {test["name"]: test for test in read_verdict(refined)["tests"]}
+    test = tests["c2 apriori"]
+    assert (test["measured_low"], test["measured_high"]) == (1.4, 1.45)
+    assert test["lams_added_later"] == [1.45]
+    assert tests["c5 apriori"]["lams_added_later"] == []
+    assert tests["c5 calibrated"]["predicted"] == pytest.approx(1 + 0.45 * np.log(5) / np.log(2))
+    study_job(make_study(**CORE))  # the first grid was no other study
+    assert len(slots.ran) == len(before) + 2
 
 
 def test_an_unfinished_seed_makes_a_curve_incomplete(slots, make_study):
@@ -339,10 +363,6 @@ def test_a_budget_prediction_starts_from_the_onset_at_another_budget(slots, make
         ({"a": Curve(set={"clpi": 2.0})}, "Key 'clpi' not in 'Config'"),
         ({"a": Curve(set={"clip": 0.5})}, "clip: c must be > 1"),
         ({"a": Curve(step=0.0)}, "study.curves.a: step must be > 0"),
-        (
-            {"a": Curve(lams=[1.0, 1.1, 1.15], judge=True)},
-            "study.curves.a: step=0.1 is wider than a gap of lams",
-        ),
         ({"a/b": Curve()}, "study.curves.a/b: a name has letters"),
         ({"a*": Curve()}, r"study.curves.a\*: a name has letters"),
     ],

@@ -160,6 +160,14 @@ def test_a_prediction_is_inside_within_half_a_step_of_the_onset_interval(star, i
     assert (test["measured_low"], test["measured_high"]) == (1.3, 1.4)
 
 
+def test_half_a_step_is_that_of_the_grid_around_the_onset():
+    refined = make_onset(1.3, 1.35)
+    for star, inside in ((1.326, True), (1.374, True), (1.376, False), (1.274, False)):
+        assert judge("core", make_prediction(star), refined, step=0.1)["inside"] is inside
+    gap = make_onset(1.0, 1.4)
+    assert judge("core", make_prediction(1.46), gap, step=0.1)["inside"] is False
+
+
 def test_a_test_keeps_what_its_prediction_rests_on_and_said_against_itself():
     origin = {"teacher_mass": 0.8, "in_scope": False, "out_of_scope": ["no headroom"]}
     test = judge("core", make_prediction(1.35, **origin), make_onset(1.3, 1.4), step=0.1)
@@ -214,5 +222,5 @@ def test_the_verdict_in_the_docs_follows_from_the_trials_and_predictions_beside_
             own = row["curve"] != "six-c2"  # takes the trials of others
             assert not own or row["prediction_sha256"] == sha256(file)
     rows[0]["prediction_sha256"] = "another"
-    with pytest.raises(ListopdError, match="is not the prediction that core-c2 was run under"):
+    with pytest.raises(ListopdError, match="is not the prediction that .* was run under"):
         study_verdict(directory, rows, written["plans"])
