@@ -13,7 +13,14 @@ import rich
 from rich.table import Table
 
 from listopd_ray import __version__
-from listopd_ray.cliff.calibration import Masses, measure, pool, predict, scale_prediction
+from listopd_ray.cliff.calibration import (
+    FIRST_ID,
+    Masses,
+    measure,
+    pool,
+    predict,
+    scale_prediction,
+)
 from listopd_ray.cluster import Cluster, launch
 from listopd_ray.config import CalibrateConfig, Config, run_directory, with_values
 from listopd_ray.evaluate import judge_rollout
@@ -139,6 +146,9 @@ def print_prediction(prediction: dict[str, Any]) -> None:
             f"λ* = {prediction['lambda_star']:.3f} {_interval(prediction, 'lambda_star')} at c = "
             f"{prediction['clip']:g}, {prediction['kind']}" + (f", {binding}" if binding else "")
         )
+    first = prediction.get("classes", {}).get(FIRST_ID, {})
+    if first.get("lambda_star") is not None:
+        print(f"λ* = {first['lambda_star']:.3f} {_interval(first, 'lambda_star')}, first id alone")
     if prediction.get("escape") is not None:
         print(f"escape = {prediction['escape']:.3f} {_interval(prediction, 'escape')}, first id")
     for reason in prediction.get("out_of_scope", []):

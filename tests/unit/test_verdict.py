@@ -222,5 +222,5 @@ def test_the_verdict_in_the_docs_follows_from_the_trials_and_predictions_beside_
             own = row["curve"] != "six-c2"  # takes the trials of others
             assert not own or row["prediction_sha256"] == sha256(file)
     rows[0]["prediction_sha256"] = "another"
-    with pytest.raises(ListopdError, match="is not the prediction that .* was run under"):
+    with pytest.raises(ListopdError, match=r"is not the prediction that .* was run under"):
         study_verdict(directory, rows, written["plans"])
