@@ -21,6 +21,7 @@ from listopd_ray.cliff.calibration import (
     predict,
     scale_prediction,
 )
+from listopd_ray.cliff.verdict import ORIGIN
 from listopd_ray.cluster import Cluster, launch
 from listopd_ray.config import CalibrateConfig, Config, run_directory, with_values
 from listopd_ray.evaluate import judge_rollout
@@ -104,31 +105,35 @@ def stamp(prediction: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_onset(config: CalibrateConfig) -> dict[str, Any]:
-    """The measured onset in a search's bracket.json or a study's verdict.json."""
+    """The measured onset in a search's bracket.json or a study's verdict.json, for as many updates
+    as the run has."""
     assert config.from_ is not None
     file = Path(config.from_)
+    if math.isinf(config.clip):
+        raise ListopdError("clip: an onset gives no prediction for c = ∞")
     content = read_json(file, str(file))
     if isinstance(content, dict) and "low" in content:
-        return content
-    tests = content.get("tests") if isinstance(content, dict) else None
-    if not isinstance(tests, list):
+        onsets = {"bracket": content}
+    elif isinstance(content, dict) and {"curves", "tests"} <= content.keys():
+        origins = {
+            test["name"].removesuffix(" apriori"): {key: test[key] for key in ORIGIN if key in test}
+            for test in content["tests"]
+            if test["kind"] == "apriori"
+        }
+        onsets = {name: origins.get(name, {}) | found for name, found in content["curves"].items()}
+    else:
         raise ListopdError(f"{file}: neither a bracket.json nor a verdict.json")
+    asked = {"num_steps": config.num_steps, "clip": config.from_clip, "curve": config.from_curve}
+    asked = {key: value for key, value in asked.items() if value is not None}
     onsets = {
-        test["name"].removesuffix(" apriori"): test
-        | {"low": test["measured_low"], "high": test["measured_high"]}
-        for test in tests
-        if test["kind"] == "apriori"
-        and test["measured_high"] is not None
-        and test["num_steps"] == config.num_steps
-        and config.from_clip in (None, test["clip"])
+        name: onset
+        for name, onset in onsets.items()
+        if onset.get("high") is not None
+        and all((onset | {"curve": name}).get(key) == value for key, value in asked.items())
     }
-    if config.from_curve is not None:
-        onsets = {name: onset for name, onset in onsets.items() if name == config.from_curve}
     if not onsets:
-        asked = [f"num_steps={config.num_steps}"]
-        asked += [f"clip {config.from_clip:g}"] if config.from_clip else []
-        asked += [f"curve {config.from_curve}"] if config.from_curve else []
-        raise ListopdError(f"{file}: no onset measured with {', '.join(asked)}")
+        listed = ", ".join(f"{key} {value}" for key, value in asked.items())
+        raise ListopdError(f"{file}: no onset measured with {listed}")
     distances = {n: abs(math.log(o["clip"] / config.clip)) for n, o in onsets.items()}
     nearest = [name for name in onsets if distances[name] == min(distances.values())]
     if len(nearest) > 1:

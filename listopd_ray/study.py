@@ -134,11 +134,10 @@ class Predictor:
         self._measured: dict[str, list[Measured]] = {}
 
     def lock(self, name: str, curve: Curve) -> dict[str, Any]:
-        """The plan of a curve: as locked, or locked now where something is predicted. A locked grid
-        may be refined, which changes no prediction; the verdict lists the λ added.
+        """The plan of a curve: as locked, or locked now where something is predicted.
 
         Raises ListopdError where a trial came before its prediction, where a trial carries another
-        one, and where the plan is otherwise not the one that was locked.
+        one, and where the plan is not the one that was locked.
         """
         if not _is_predicted(curve):
             return _plan(self._config, curve, curve.lams)
@@ -155,18 +154,15 @@ class Predictor:
                     raise ListopdError(f"{file}: refused: {earlier.parent.name} is the same trial")
             replace_file(file, json.dumps(prediction, indent=2) + "\n")
         locked = json.loads(file.read_text(encoding="utf-8"))
-        plan = _known_plan(self._config, name)
-        wanted = _plan(self._config, curve, locked["plan"]["lams"])
+        wanted = _plan(self._config, curve, curve.lams or locked["plan"]["lams"])
         changed = [key for key in wanted if wanted[key] != locked["plan"].get(key)]
-        if curve.lams not in ([], plan["lams"]):  # one that was locked is missing
-            changed.append("lams")
         if changed:
             raise ListopdError(f"{file}: locked with another {', '.join(changed)}")
         digest = sha256(file)
         for summary_file in sorted(trials.glob(f"{name}-lam*/summary.json")):
             if json.loads(summary_file.read_text())["prediction_sha256"] != digest:
                 raise ListopdError(f"{summary_file}: was run under another prediction than {file}")
-        return plan
+        return locked["plan"]
 
     def _predict(self, name: str, curve: Curve) -> dict[str, Any]:
         first = next(_trials(self._config, name, curve, [1.0]))
@@ -195,11 +191,17 @@ class Predictor:
                 why = f"{curve.calibrated_from} has no onset at {first.num_steps} updates"
                 also.append({"kind": "calibrated", **missing, "not_testable": why})
             else:
+                known = ("binding_class", "teacher_mass", "base_mass")
+                source |= {key: apriori[key] for key in known}
                 also.append(scale_prediction(source, first.clip))
         if curve.budget_from:
             source = self._onset_of(curve.budget_from)
-            steps = dict(num_steps=source["num_steps"], to_steps=first.num_steps)
-            also.append(budget_prediction(apriori, source, **steps, step=curve.step))
+            for kind, star in (
+                ("budget", apriori["lambda_star"]),
+                ("budget_first_id", at_first.get("lambda_star")),
+            ):
+                budget = budget_prediction(star, source, to_steps=first.num_steps, step=curve.step)
+                also.append(budget | {"kind": kind})
         common = {"clip": first.clip, "num_steps": first.num_steps}
         return {
             **apriori,
@@ -217,7 +219,7 @@ class Predictor:
             onset = measure_onset(rows, plan["lams"], plan["seeds"])
         except ValueError as error:
             raise ListopdError(f"study.curves.{name}: no onset to predict from: {error}") from None
-        return onset | {"clip": rows[0]["clip"], "num_steps": rows[0]["num_steps"]}
+        return onset
 
 
 def grid(lambda_star: float | None, curve: Curve) -> list[float]:
@@ -288,12 +290,11 @@ def _saved_identity(file: Path) -> str:
 
 
 def _known_plan(config: StudyConfig, name: str) -> dict[str, Any]:
-    """`lams` and `seeds` as locked, with `lams` added since, or as configured; no `lams` before
-    they are predicted."""
-    file, curve = _prediction_file(config, name), config.study.curves[name]
+    """`lams` and `seeds` as locked, or as configured; no `lams` before they are predicted."""
+    file = _prediction_file(config, name)
     if file.exists():
-        plan = json.loads(file.read_text(encoding="utf-8"))["plan"]
-        return plan | {"lams": sorted({*plan["lams"], *curve.lams})}
+        return json.loads(file.read_text(encoding="utf-8"))["plan"]
+    curve = config.study.curves[name]
     return {"lams": curve.lams, "seeds": _seeds(config, curve)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,6 +30,7 @@ KIND_COLOURS = {
     "apriori": ORANGE,
     "calibrated": GREEN,
     "budget": "#CC79A7",
+    "budget_first_id": "#999999",
     "escape": "#D55E00",
     "first_id": "#56B4E9",
 }
@@ -79,7 +80,7 @@ def write_report(
 
 def tests_table(verdict: Mapping[str, Any]) -> str:
     lines = [
-        "| prediction | c | updates | predicted λ* | measured onset | inside |",
+        "| prediction | c | updates | predicted λ | measured onset | inside |",
         "|---|---|---|---|---|---|",
     ]
     for test in verdict["tests"]:
@@ -145,14 +146,14 @@ def draw_comparison(
     figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.8), sharex=True, layout="constrained")
     keys = ("parse_rate", "ndcg_at_k_all")
     for axis, key in zip(axes, keys, strict=True):
-        for (name, rows), (colour, marker) in zip(curves.items(), METHOD_STYLES, strict=False):
+        for (name, rows), (colour, marker) in zip(curves.items(), cycle(METHOD_STYLES)):
             lams = sorted({row["lam"] for row in rows})
             at = {lam: _values([r for r in rows if r["lam"] == lam], key) for lam in lams}
             means = [fmean(values) for values in at.values()]
             axis.plot(lams, means, f"-{marker}", color=colour, label=name, lw=1.6, ms=5)
             points = [(lam, value) for lam, values in at.items() for value in values]
             axis.plot(*zip(*points, strict=True), marker, color=colour, alpha=0.25, ms=4, ls="none")
-        for (name, rows), dashes in zip(baselines.items(), BASELINE_LINES, strict=False):
+        for (name, rows), dashes in zip(baselines.items(), cycle(BASELINE_LINES)):
             axis.axhline(fmean(_values(rows, key)), color="#777777", lw=1.2, ls=dashes, label=name)
         axis.set(ylim=(-0.03, 1.03), xlabel="λ", title=COMPARED[key])
     figure.legend(
@@ -174,22 +175,20 @@ def curve_table(name: str, rows: Sequence[Mapping[str, Any]], verdict: Mapping[s
         own = ", ".join(_onset(*edges) for edges in onset["onset_by_seed"].values())
         lines += [
             f"Floor {onset['floor']:.3f}; onset {_onset(onset['low'], onset['high'])}; of the "
-            f"seeds {own}; bootstrap {_between(*onset['onset_interval'])}.",
+            f"seeds {own}; bootstrap of its upper edge {_between(*onset['onset_interval'])}.",
             "",
         ]
     lines += [
         "| λ | strict parse | NDCG@1 of parsed | NDCG@K, unparsed 0 | failures by reason | s |",
         "|---|---|---|---|---|---|",
     ]
-    for lam in sorted({row["lam"] for row in rows}, key=lambda lam: lam or 0):
+    for lam in sorted({row["lam"] for row in rows}):
         at = [row for row in rows if row["lam"] == lam]
         reasons = failures(at)
         listed = ", ".join(f"{reason} {share:.2f}" for reason, share in reasons.items() if share)
         cells = [_mean(at, key) for key in ("parse_rate", "ndcg_at_1", "ndcg_at_k_all")]
-        seconds = sum(row["seconds"] for row in at) / len(at)
-        worked = sum(row.get("mean_lam") or 0 for row in at) / len(at)
-        governed = lam is not None and abs(worked - lam) > 1e-9
-        shown = "–" if lam is None else f"{lam:g}" + (f" (mean {worked:.3f})" if governed else "")
+        seconds, worked = (fmean(_values(at, key)) for key in ("seconds", "mean_lam"))
+        shown = f"{lam:g}" + (f" (mean {worked:.3f})" if abs(worked - lam) > 1e-9 else "")
         lines.append(f"| {shown} | {' | '.join(cells)} | {listed} | {seconds:.0f} |")
     return "\n".join(lines) + "\n"
 
@@ -234,7 +233,7 @@ def draw_curve(
         low, high = test["predicted_low"], test["predicted_high"]
         if low is not None and high is not None:
             top.axvspan(low, high, color=colour, alpha=0.18, lw=0)
-        top.axvline(test["predicted"], color=colour, ls="--", lw=1.4, label=f"λ* {kind}")
+        top.axvline(test["predicted"], color=colour, ls="--", lw=1.4, label=f"predicted: {kind}")
     top.set(ylim=(-0.03, 1.03), ylabel="mean over seeds", title=f"{name}: c = {rows[0]['clip']:g}")
     top.legend(frameon=False, fontsize=8, loc="best")
     shares = [failures([row for row in rows if row["lam"] == lam]) for lam in lams]
@@ -268,12 +267,13 @@ def _values(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> str:
-    """With the range over seeds."""
+    """With the range over seeds; and how many they are where not all count."""
     values, digits = _values(rows, key), 0 if key == "seconds" else 3
     if not values:
         return "–"
     numbers = (fmean(values), min(values), max(values))
-    return "{} [{}, {}]".format(*(f"{number:.{digits}f}" for number in numbers))
+    text = "{} [{}, {}]".format(*(f"{number:.{digits}f}" for number in numbers))
+    return text if len(values) == len(rows) else f"{text}, {len(values)} of {len(rows)}"
 
 
 def _onset(low: float, high: float | None) -> str:

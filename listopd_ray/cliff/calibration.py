@@ -27,7 +27,7 @@ from listopd_ray.types import CONTRACT_CLASSES, ListopdError, ScoredRollout
 
 UNUSED_ID = "unused_id"  # mass on any id not used yet: a second pair beside item_id's modal token
 FIRST_ID = "first_id"  # item_id at the first item alone, where the student knows least
-SECOND_PAIRS = (UNUSED_ID, FIRST_ID)  # reported beside the classes; they bind nothing
+NOT_BINDING = (UNUSED_ID, FIRST_ID)  # reported beside the classes
 NUM_RESAMPLES = 2000
 HEADROOM = (0.05, 0.95)  # strict parse of a warm start that a cliff can be seen from
 FLOOR_SHARE = 0.5  # a contract counts as broken below this share of its strict parse at λ = 1
@@ -48,7 +48,7 @@ def measure(scored: Sequence[ScoredRollout]) -> Masses:
     prompts = sorted({part.rollout.prompt.id for part in scored})
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
     names = [token_class.name.lower() for token_class in CONTRACT_CLASSES]
-    sums = {name: np.zeros((len(prompts), 3)) for name in (*names, *SECOND_PAIRS)}
+    sums = {name: np.zeros((len(prompts), 3)) for name in (*names, *NOT_BINDING)}
     per_output = dict.fromkeys(sums, 0)
     log_ratios = []
 
@@ -115,7 +115,7 @@ def predict(
     unresolved = {
         name: row
         for name, row in classes.items()
-        if row["kind"] == "unresolved" and name not in SECOND_PAIRS
+        if row["kind"] == "unresolved" and name not in NOT_BINDING
     }
     binding = min(unresolved, key=lambda name: unresolved[name]["lambda_star"], default=None)
     chosen = classes[binding] if binding else {}
@@ -163,17 +163,18 @@ def scale_prediction(source: Mapping[str, Any], clip: float) -> dict[str, Any]:
             raise ListopdError(f"calibrated prediction: the onset's {key} is {source.get(key)}")
     low, high, from_clip = source["low"], source["high"], source["clip"]
     edges = [calibrated_lambda_star(edge, from_clip, clip) for edge in (low, high)]
-    kept = ("num_steps", "binding_class", "teacher_mass", "base_mass", "hashes")
+    masses = ("binding_class", "teacher_mass", "base_mass")
+    kept = ("num_steps", *masses, "in_scope", "out_of_scope", "hashes")
     p, b = source.get("teacher_mass"), source.get("base_mass")
     exits = (None, None) if p is None or b is None else (clip_exit(p, b, clip), runaway(p, b, clip))
     return {
         "kind": "calibrated",
-        "lambda_star": finite(sum(edges) / 2),
-        "lambda_star_low": finite(edges[0]),
-        "lambda_star_high": finite(edges[1]),
+        "lambda_star": sum(edges) / 2,
+        "lambda_star_low": edges[0],
+        "lambda_star_high": edges[1],
         "clip_exit": finite(exits[0]),
         "runaway": finite(exits[1]),
-        "clip": finite(clip),
+        "clip": clip,
         **{key: source[key] for key in kept if key in source},
         "from": {"clip": from_clip, "low": low, "high": high},
     }
@@ -254,7 +255,7 @@ def _out_of_scope(
         )
     onsets = {n: row["reversed_onset"] for n, row in classes.items() if "reversed_onset" in row}
     for name, onset in onsets.items():
-        if name not in SECOND_PAIRS and (binding is None or onset < binding["lambda_star"]):
+        if name not in NOT_BINDING and (binding is None or onset < binding["lambda_star"]):
             reasons.append(f"{name} is reversed (p < b): parsing halves at λ = {onset:.2f} already")
     return reasons
 

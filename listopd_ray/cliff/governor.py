@@ -16,7 +16,7 @@ from listopd_ray.cliff.threshold import escape, lambda_star, logit, safe_lam
 from listopd_ray.types import CONTRACT_CLASSES, ListopdError
 
 CLASSES = tuple(token_class.name.lower() for token_class in CONTRACT_CLASSES)
-FIRST_ID = ("cliff/first_log_ratio", "cliff/first_clipped_log_ratio")  # D and I of `escape`
+FIRST_ID_METRICS = ("cliff/first_log_ratio", "cliff/first_clipped_log_ratio")  # D and I of `escape`
 SMALLEST_MASS = 1e-7  # of a float32 mean; masses stay this far from 0 and 1, so logits are finite
 NORMAL_95 = 1.959964  # half-width of the 95 % interval in standard errors
 
@@ -99,7 +99,7 @@ class Governor:
                 self._averages.setdefault(key, Average()).add(reading, self._decay)
             if f"student_{name}" in self._averages:
                 tails[f"cliff/tail_mass_{name}"] = 1 - self._averages[f"student_{name}"].mean
-        for key in FIRST_ID:
+        for key in FIRST_ID_METRICS:
             if key in metrics:
                 self._averages.setdefault(key, Average()).add(metrics[key], self._decay)
         found = self._escape()
@@ -129,9 +129,9 @@ class Governor:
 
     def _escape(self) -> float | None:
         """The escape threshold, None where it was not measured."""
-        if not self._averages.keys() >= set(FIRST_ID) or math.isinf(self._clip):
+        if not self._averages.keys() >= set(FIRST_ID_METRICS) or math.isinf(self._clip):
             return None
-        log_ratio, clipped = (self._averages[key].mean for key in FIRST_ID)
+        log_ratio, clipped = (self._averages[key].mean for key in FIRST_ID_METRICS)
         return escape(log_ratio, clipped, self._clip)
 
     def _bound(self) -> float | None:

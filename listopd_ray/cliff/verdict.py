@@ -48,7 +48,7 @@ def study_verdict(
 
     `rows` are the lines of trials.jsonl, `plans` the `lams` and `seeds` of every curve; the locked
     predictions lie in `directory`/predictions. Raises ListopdError where a trial was run under
-    another prediction than the one that lies there.
+    another prediction than the one that lies there, and where a plan is not the locked one.
     """
     tests, curves, incomplete = [], {}, {}
     for name, plan in plans.items():
@@ -61,13 +61,14 @@ def study_verdict(
         file = directory / "predictions" / f"{name}.json"
         if file.exists():
             locked = json.loads(file.read_text(encoding="utf-8"))
+            if any(plan[key] != locked["plan"][key] for key in ("lams", "seeds")):
+                raise ListopdError(f"{file}: was locked for other λ or seeds than {name} has")
             step = locked["plan"]["step"]
             if any(trial["prediction_sha256"] != sha256(file) for trial in trials):
                 raise ListopdError(f"{file}: is not the prediction that {name} was run under")
-            added = sorted(set(plan["lams"]) - set(locked["plan"]["lams"]))
             tests += [
                 judge(f"{name} {prediction['kind']}", prediction, curves[name], step)
-                | {"prediction_sha256": sha256(file), "lams_added_later": added}
+                | {"prediction_sha256": sha256(file)}
                 for prediction in (locked, *locked["also"])
             ]
     return {
@@ -133,6 +134,8 @@ def measure_onset(
         "floor": float(floor),
         "low": low,
         "high": finite(high),
+        "clip": trials[0]["clip"],
+        "num_steps": trials[0]["num_steps"],
         "onset_interval": [finite(float(edge)) for edge in interval],
         "onset_by_seed": {str(s): [low, finite(high)] for s, (low, high) in own.items()},
         "num_seeds": len(seeds),
@@ -166,39 +169,32 @@ def judge(
         return test | {"inside": None, "why": prediction["not_testable"]}
     if predicted is None:
         return test | {"inside": None, "why": "nothing predicted"}
-    margin = (step if high is None else min(step, high - low)) / 2  # finer where the grid is
-    if predicted < low - margin:
+    if predicted < low - step / 2:
         return test | {"inside": False}
     if high is None:
         return test | {"inside": None, "why": f"holds at every λ up to {low:g}"}
-    return test | {"inside": predicted <= high + margin}
+    return test | {"inside": predicted <= high + step / 2}
 
 
 def budget_prediction(
-    apriori: Mapping[str, Any],
-    onset: Mapping[str, Any],
-    *,
-    num_steps: int,
-    to_steps: int,
-    step: float,
+    star: float | None, onset: Mapping[str, Any], *, to_steps: int, step: float
 ) -> dict[str, Any]:
-    """The onset at `to_steps` updates from the one measured at `num_steps`, and the a-priori λ*.
+    """The onset at `to_steps` updates from one measured at another budget, and λ*, `star`.
 
     λ* + (onset − λ*)·N/N′ for each edge; `not_testable` where the middle moves by less than three
     grid steps.
     """
-    star, edges = apriori["lambda_star"], [onset["low"], onset["high"]]
+    edges = [onset["low"], onset["high"]]
     missing = dict.fromkeys(("lambda_star", "lambda_star_low", "lambda_star_high"))
     if star is not None and onset["high"] is not None and onset["high"] <= star:
-        return {"kind": "budget", **missing, "not_testable": "not testable: the onset is below λ*"}
+        return {**missing, "not_testable": "not testable: the onset is below λ*"}
     if star is None or None in edges:
-        return {"kind": "budget", **missing, "not_testable": "no onset or λ* to start from"}
-    rescaled = [rescale_onset(star, edge, num_steps, to_steps) for edge in edges]
+        return {**missing, "not_testable": "no onset or λ* to start from"}
+    rescaled = [rescale_onset(star, edge, onset["num_steps"], to_steps) for edge in edges]
     shift = abs(sum(edges) - sum(rescaled)) / 2
     is_small = shift < TESTABLE_STEPS * step
     why = f"not testable: a shift of {shift:.3f} is below {TESTABLE_STEPS} grid steps of {step:g}"
     return {
-        "kind": "budget",
         "lambda_star": sum(rescaled) / 2,
         "lambda_star_low": min(rescaled),
         "lambda_star_high": max(rescaled),

@@ -252,25 +252,6 @@ def test_a_plan_that_was_changed_after_it_was_locked_is_refused(slots, make_stud
             study_job(changed)
 
 
-def test_a_locked_grid_may_be_refined_and_the_verdict_says_by_what(slots, make_study):
-    study_job(make_study(**CORE))
-    before = list(slots.ran)
-    refined = make_study(**with_lams("c2", [1.0, 1.2, 1.3, 1.4, 1.45, 1.5, 1.6]))
-    prediction = run_directory(refined) / "predictions" / "c2.json"
-    digest = study_module.sha256(prediction)
-    study_job(refined)
-    assert slots.ran[len(before) :] == ["c2-lam1.45-s0", "c2-lam1.45-s1"]
-    assert study_module.sha256(prediction) == digest
-    tests = {test["name"]: test for test in read_verdict(refined)["tests"]}
-    test = tests["c2 apriori"]
-    assert (test["measured_low"], test["measured_high"]) == (1.4, 1.45)
-    assert test["lams_added_later"] == [1.45]
-    assert tests["c5 apriori"]["lams_added_later"] == []
-    assert tests["c5 calibrated"]["predicted"] == pytest.approx(1 + 0.45 * np.log(5) / np.log(2))
-    study_job(make_study(**CORE))  # the first grid was no other study
-    assert len(slots.ran) == len(before) + 2
-
-
 def test_an_unfinished_seed_makes_a_curve_incomplete(slots, make_study):
     config = make_study(**CORE)
     slots.stop_after = 6  # the first seed of the first curve
@@ -344,12 +325,14 @@ def test_a_budget_prediction_starts_from_the_onset_at_another_budget(slots, make
     )
     config = make_study(short=short, long=long)
     study_job(config)
-    budget = read_verdict(config)["tests"][-1]
-    star = read_verdict(config)["tests"][0]["predicted"]
-    assert budget["name"] == "long budget"
+    tests = {test["name"]: test for test in read_verdict(config)["tests"]}
+    budget, star = tests["long budget"], tests["short apriori"]["predicted"]
     assert budget["predicted"] == pytest.approx(star + (1.45 - star) / 2)
     assert (budget["measured_low"], budget["measured_high"]) == (1.42, 1.44)
     assert budget["why"].startswith("not testable: a shift of 0.060 is below 3 grid steps of 0.02")
+    at_first, star = tests["long budget_first_id"], tests["short first_id"]["predicted"]
+    assert at_first["predicted"] == pytest.approx(star + (1.45 - star) / 2)
+    assert at_first["inside"] is False
 
 
 @pytest.mark.parametrize(
@@ -391,7 +374,8 @@ def test_a_real_study_measures_trains_on_one_slot_and_judges(
     locked = json.loads((directory / "predictions" / "c2.json").read_text())
     assert locked["hashes"]["teacher"] == [prepared.hashes["teacher"]]
     assert locked["num_outputs"] == locked["num_prompts"] == config.evaluation.num_prompts
-    assert set(locked["classes"]) == {"opening", "item_id", "separator", "closing", UNUSED_ID}
+    structure = {"opening", "separator", "closing"}
+    assert set(locked["classes"]) == {"item_id", *structure, UNUSED_ID, FIRST_ID}
     for row in locked["classes"].values():
         assert 0 < row["base_mass"] <= 1 and 0 < row["teacher_mass"] <= 1
     rows = [json.loads(line) for line in (directory / "trials.jsonl").read_text().splitlines()]
@@ -405,4 +389,4 @@ def test_a_real_study_measures_trains_on_one_slot_and_judges(
     # λ = 1 was taken from the other curve: three runs.
     assert len(list((directory / "trials").iterdir())) == 3
     tests = json.loads((directory / "verdict.json").read_text())["tests"]
-    assert {test["name"] for test in tests} == {"c2 apriori", "c2 escape"}
+    assert [test["name"] for test in tests] == ["c2 apriori", "c2 escape", "c2 first_id"]

@@ -239,40 +239,53 @@ def test_a_calibrated_prediction_keeps_what_its_onset_was_measured_on():
     assert {key: prediction[key] for key in origin} == origin
     assert prediction["clip_exit"] == pytest.approx(clip_exit(0.767, 0.288, 5.0))
     assert prediction["runaway"] == pytest.approx(runaway(0.767, 0.288, 5.0))
-    without_clip = scale_prediction(source, math.inf)
-    names = ("lambda_star", "lambda_star_low", "lambda_star_high", "clip_exit", "runaway", "clip")
-    assert [without_clip[name] for name in names] == [None] * 6
 
 
 def test_an_onset_is_read_by_budget_clip_and_curve(tmp_path):
-    def entry(name, clip, high=1.4, **changes):
-        edges = {"measured_low": 1.3, "measured_high": high}
-        return {"name": f"{name} apriori", "kind": "apriori", "clip": clip} | edges | changes
+    def curve(clip, num_steps=120, high=1.4):
+        return {"low": 1.3, "high": high, "clip": clip, "num_steps": num_steps}
 
-    tests = [
-        entry("core", 2.0, num_steps=120),
-        entry("fine", 2.0, num_steps=120, high=1.35),
-        entry("five", 5.0, num_steps=120, high=1.9),
-        entry("short", 2.0, num_steps=30, high=1.6),
-        entry("holds", 2.0, num_steps=60, high=None),
-        entry("core", 2.0, num_steps=120, high=1.7) | {"kind": "escape"},
-    ]
+    curves = {
+        "core": curve(2.0),
+        "fine": curve(2.0, high=1.35),
+        "five": curve(5.0, high=1.9),
+        "short": curve(2.0, num_steps=30, high=1.6),
+        "holds": curve(2.0, num_steps=60, high=None),
+    }
+    test = {"name": "fine apriori", "kind": "apriori", "teacher_mass": 0.8, "base_mass": 0.3}
+    escape = {"name": "fine escape", "kind": "escape"}
     file = tmp_path / "verdict.json"
-    file.write_text(json.dumps({"tests": tests}))
+    file.write_text(json.dumps({"curves": curves, "tests": [test, escape]}))
 
     def read(**settings):
-        return read_onset(CalibrateConfig(from_=str(file), **settings))["high"]
+        return read_onset(CalibrateConfig(from_=str(file), **settings))
 
-    assert read(from_curve="fine", clip=5.0) == 1.35
-    assert read(clip=4.0) == 1.9
-    assert read(num_steps=30, clip=1.3) == 1.6
+    fine = read(from_curve="fine", clip=5.0)
+    assert (fine["high"], fine["teacher_mass"], fine["base_mass"]) == (1.35, 0.8, 0.3)
+    assert read(from_curve="core")["high"] == 1.4
+    assert read(clip=4.0)["high"] == 1.9
+    assert read(num_steps=30, clip=1.3)["high"] == 1.6
     for settings, error in (
         ({"clip": 1.3}, r"several onsets, give from_curve=… \(core, fine\)"),
-        ({"num_steps": 60}, "no onset measured with num_steps=60"),
-        ({"from_clip": 5.0, "from_curve": "core"}, "with num_steps=120, clip 5, curve core"),
+        ({"num_steps": 60}, "no onset measured with num_steps 60"),
+        ({"from_clip": 5.0, "from_curve": "core"}, "with num_steps 120, clip 5.0, curve core"),
+        ({"clip": math.inf}, "clip: an onset gives no prediction for c = ∞"),
     ):
         with pytest.raises(ListopdError, match=error):
             read(**settings)
+
+
+def test_a_bracket_of_another_budget_or_none_at_all_is_refused(tmp_path):
+    file = tmp_path / "bracket.json"
+    file.write_text(json.dumps({"low": 1.3, "high": 1.4, "clip": 2.0, "num_steps": 30}))
+    config = CalibrateConfig(from_=str(file), clip=5.0, num_steps=30)
+    assert read_onset(config)["high"] == 1.4
+    with pytest.raises(ListopdError, match="no onset measured with num_steps 120"):
+        read_onset(CalibrateConfig(from_=str(file), clip=5.0))
+    for content in ("[]", "{}", '{"tests": []}'):
+        file.write_text(content)
+        with pytest.raises(ListopdError, match=r"neither a bracket\.json nor a verdict\.json"):
+            read_onset(config)
 
 
 def test_escape_is_where_the_mean_advantage_of_first_ids_falls_to_the_clips_bound():
