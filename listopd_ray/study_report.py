@@ -21,6 +21,7 @@ from listopd_ray.cliff.verdict import ENOUGH_PARSED
 from listopd_ray.task.contract import REASONS
 from listopd_ray.tracking import replace_file
 
+matplotlib.rcParams["svg.hashsalt"] = "listopd"  # the same figure is the same file
 # Okabe and Ito's palette: told apart by colour-blind readers.
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 REASON_COLOURS = dict(
