@@ -15,6 +15,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import rich
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.markdown import Markdown
 
 from listopd_ray.cliff.verdict import ENOUGH_PARSED
@@ -127,8 +129,8 @@ def comparison(
             "|---" * (1 + len(lams)) + "|",
         ]
         for name, rows in curves.items():
-            at = ([row for row in rows if row["lam"] == lam] for lam in lams)
-            lines.append(_table_row(name, (_mean(trials, key) for trials in at)))
+            at = _by_lam(rows)
+            lines.append(_table_row(name, (_mean(at.get(lam, []), key) for lam in lams)))
         tables.append("\n".join(lines) + "\n")
     if baselines:
         lines = [_table_row("baseline", COMPARED.values()), "|---" * (1 + len(COMPARED)) + "|"]
@@ -148,24 +150,15 @@ def draw_comparison(
     keys = ("parse_rate", "ndcg_at_k_all")
     for axis, key in zip(axes, keys, strict=True):
         for (name, rows), (colour, marker) in zip(curves.items(), cycle(METHOD_STYLES)):
-            lams = sorted({row["lam"] for row in rows})
-            at = {lam: _values([r for r in rows if r["lam"] == lam], key) for lam in lams}
+            at = {lam: _values(trials, key) for lam, trials in _by_lam(rows).items()}
             means = [fmean(values) for values in at.values()]
-            axis.plot(lams, means, f"-{marker}", color=colour, label=name, lw=1.6, ms=5)
+            axis.plot(list(at), means, f"-{marker}", color=colour, label=name, lw=1.6, ms=5)
             points = [(lam, value) for lam, values in at.items() for value in values]
             axis.plot(*zip(*points, strict=True), marker, color=colour, alpha=0.25, ms=4, ls="none")
         for (name, rows), dashes in zip(baselines.items(), cycle(BASELINE_LINES)):
             axis.axhline(fmean(_values(rows, key)), color="#777777", lw=1.2, ls=dashes, label=name)
         axis.set(ylim=(-0.03, 1.03), xlabel="λ", title=COMPARED[key])
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=4,
-        fontsize=8,
-        frameon=False,
-    )
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
+    _save(figure, file, legend_of=axes[0], ncols=4)
 
 
 def curve_table(name: str, rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any]) -> str:
@@ -183,8 +176,7 @@ def curve_table(name: str, rows: Sequence[Mapping[str, Any]], verdict: Mapping[s
         "| λ | strict parse | NDCG@1 of parsed | NDCG@K, unparsed 0 | failures by reason | s |",
         "|---|---|---|---|---|---|",
     ]
-    for lam in sorted({row["lam"] for row in rows}):
-        at = [row for row in rows if row["lam"] == lam]
+    for lam, at in _by_lam(rows).items():
         reasons = failures(at)
         listed = ", ".join(f"{reason} {share:.2f}" for reason, share in reasons.items() if share)
         cells = [_mean(at, key) for key in ("parse_rate", "ndcg_at_1", "ndcg_at_k_all")]
@@ -211,18 +203,17 @@ def draw_curve(
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(6.4, 5.6), sharex=True, height_ratios=(3, 1.4), layout="constrained"
     )
-    lams = onset["lams"]
+    lams, trials = onset["lams"], _by_lam(rows)
     for key, label, colour, marker in (
         ("parse_rate", "strict parse", BLUE, "o"),
         ("ndcg_at_1", "NDCG@1 of parsed", "#333333", "s"),
     ):
-        shown = [r for r in rows if key == "parse_rate" or r["parse_rate"] >= ENOUGH_PARSED]
-        points = [(r["lam"], r[key]) for r in shown if r[key] is not None]
-        if not points:
+        at = {lam: values for lam in lams if (values := _values(trials[lam], key))}
+        if not at:
             continue
+        points = [(lam, value) for lam, values in at.items() for value in values]
         top.plot(*zip(*points, strict=True), marker, color=colour, alpha=0.35, ms=4, ls="none")
-        means = [(lam, [v for at, v in points if at == lam]) for lam in lams]
-        line = [(lam, sum(values) / len(values)) for lam, values in means if values]
+        line = [(lam, fmean(values)) for lam, values in at.items()]
         top.plot(*zip(*line, strict=True), "-", color=colour, label=label, lw=1.6)
     top.axhline(onset["floor"], color="#999999", lw=0.8, ls=":", label="floor")
     if onset["high"] is not None:
@@ -237,7 +228,7 @@ def draw_curve(
         top.axvline(test["predicted"], color=colour, ls="--", lw=1.4, label=f"predicted: {kind}")
     top.set(ylim=(-0.03, 1.03), ylabel="mean over seeds", title=f"{name}: c = {rows[0]['clip']:g}")
     top.legend(frameon=False, fontsize=8, loc="best")
-    shares = [failures([row for row in rows if row["lam"] == lam]) for lam in lams]
+    shares = [failures(trials[lam]) for lam in lams]
     width = 0.6 * min((b - a for a, b in pairwise(lams)), default=0.1)
     base = [0.0] * len(lams)
     for reason in REASONS:
@@ -246,10 +237,15 @@ def draw_curve(
             bottom.bar(lams, heights, width, base, color=REASON_COLOURS[reason], label=reason, lw=0)
         base = [below + height for below, height in zip(base, heights, strict=True)]
     bottom.set(ylim=(0, 1), xlabel="λ", ylabel="failures")
+    _save(figure, file, legend_of=bottom, ncols=5)
+
+
+def _save(figure: Figure, file: Path, *, legend_of: Axes, ncols: int) -> None:
+    """Write and close `figure`, with the legend of one of its axes below all."""
     figure.legend(
-        *bottom.get_legend_handles_labels(),
+        *legend_of.get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=5,
+        ncols=ncols,
         fontsize=8,
         frameon=False,
     )
@@ -259,6 +255,12 @@ def draw_curve(
 
 def _table_row(first: str, cells: Iterable[str]) -> str:
     return f"| {first} | {' | '.join(cells)} |"
+
+
+def _by_lam(rows: Sequence[Mapping[str, Any]]) -> dict[float, list[Mapping[str, Any]]]:
+    """Trials by λ, which rises."""
+    lams = sorted({row["lam"] for row in rows})
+    return {lam: [row for row in rows if row["lam"] == lam] for lam in lams}
 
 
 def _values(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:

@@ -25,7 +25,7 @@ from listopd_ray.roles.batching import (
 from listopd_ray.roles.losses import opd_advantages, opd_loss
 from listopd_ray.roles.teacher import Scored
 from listopd_ray.roles.weights import export_tensors
-from listopd_ray.types import ListopdError, ScoredRollout, TokenClass, Weights
+from listopd_ray.types import CONTRACT_CLASSES, ListopdError, ScoredRollout, Weights
 
 # Per-token columns of a batch, and the fields of `ScoredRollout` they come from.
 SCORES = {
@@ -245,9 +245,9 @@ def _class_metrics(
     and q, the masses on the teacher's modal token; and what `threshold.escape` takes."""
     metrics: dict[str, Any] = {}
     owners = {"teacher": "teacher_modal", "base": "base_modal", "student": "student_modal"}
-    for token_class in TokenClass:
+    for token_class in CONTRACT_CLASSES:
         where = columns["token_class"] == token_class
-        if token_class == TokenClass.STRAY or not where.any():
+        if not where.any():
             continue
         name = token_class.name.lower()
         metrics[f"loss/clip_fraction_{name}"] = (np.abs(gap[where]) >= bound).mean()

@@ -13,6 +13,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from listopd_ray.cliff.verdict import ENOUGH_PARSED
+
 OPENING = '{"ranking": ['
 
 
@@ -20,7 +22,7 @@ def main(study: Path) -> None:
     first = Counter()
     for file in sorted(study.glob("trials/*/summary.json")):
         summary = json.loads(file.read_text())
-        if summary["student"]["parse_rate"] >= 0.05:
+        if summary["student"]["parse_rate"] >= ENOUGH_PARSED:
             continue
         lines = (file.parent / "samples.jsonl").read_text().splitlines()
         samples = [json.loads(line) for line in lines]

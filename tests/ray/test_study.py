@@ -140,10 +140,6 @@ CORE = {
 }
 
 
-def with_lams(name, lams):
-    return {**CORE, name: dataclasses.replace(CORE[name], lams=lams)}
-
-
 def read_verdict(config):
     return json.loads((run_directory(config) / "verdict.json").read_text())
 
@@ -242,11 +238,12 @@ def test_a_prediction_made_after_its_data_is_refused(slots, make_study):
 def test_a_plan_that_was_changed_after_it_was_locked_is_refused(slots, make_study):
     study_job(make_study(**CORE))
     other_clip = {**CORE, "c2": Curve(set={"clip": 2.5}, judge=True)}
+    thinned = {**CORE, "c2": dataclasses.replace(CORE["c2"], lams=[1.0, 1.2, 1.3, 1.5, 1.6])}
     for changed, what in (
         (make_study(**other_clip), "set"),
         (make_study(**{**CORE, "c2": dataclasses.replace(CORE["c2"], seeds=[0])}), "seeds"),
         (dataclasses.replace(make_study(**CORE), num_steps=60), "num_steps"),
-        (make_study(**with_lams("c2", [1.0, 1.2, 1.3, 1.5, 1.6])), "lams"),  # without 1.4
+        (make_study(**thinned), "lams"),
     ):
         with pytest.raises(ListopdError, match=f"locked with another {what}"):
             study_job(changed)
