@@ -199,6 +199,7 @@ class Predictor:
             for kind, star in (
                 ("budget", apriori["lambda_star"]),
                 ("budget_first_id", at_first.get("lambda_star")),
+                ("budget_escape", apriori["escape"]),
             ):
                 budget = budget_prediction(star, source, to_steps=first.num_steps, step=curve.step)
                 also.append(budget | {"kind": kind})

@@ -34,6 +34,7 @@ KIND_COLOURS = {
     "calibrated": GREEN,
     "budget": "#CC79A7",
     "budget_first_id": "#999999",
+    "budget_escape": "#7F3C8D",
     "escape": "#D55E00",
     "first_id": "#56B4E9",
 }

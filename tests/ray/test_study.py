@@ -327,9 +327,10 @@ def test_a_budget_prediction_starts_from_the_onset_at_another_budget(slots, make
     assert budget["predicted"] == pytest.approx(star + (1.45 - star) / 2)
     assert (budget["measured_low"], budget["measured_high"]) == (1.42, 1.44)
     assert budget["why"].startswith("not testable: a shift of 0.060 is below 3 grid steps of 0.02")
-    at_first, star = tests["long budget_first_id"], tests["short first_id"]["predicted"]
-    assert at_first["predicted"] == pytest.approx(star + (1.45 - star) / 2)
-    assert at_first["inside"] is False
+    for kind in ("first_id", "escape"):
+        other, star = tests[f"long budget_{kind}"], tests[f"short {kind}"]["predicted"]
+        assert other["predicted"] == pytest.approx(star + (1.45 - star) / 2)
+        assert other["inside"] is False
 
 
 @pytest.mark.parametrize(
