@@ -168,9 +168,10 @@ def curve_table(name: str, rows: Sequence[Mapping[str, Any]], verdict: Mapping[s
     onset = verdict["curves"].get(name)
     if onset:
         own = ", ".join(_onset(*edges) for edges in onset["onset_by_seed"].values())
+        interval = _between(*onset["onset_interval"]) or "beyond the grid"
         lines += [
             f"Floor {onset['floor']:.3f}; onset {_onset(onset['low'], onset['high'])}; of the "
-            f"seeds {own}; bootstrap of its upper edge {_between(*onset['onset_interval'])}.",
+            f"seeds {own}; bootstrap of its upper edge {interval}.",
             "",
         ]
     lines += [

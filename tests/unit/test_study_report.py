@@ -57,6 +57,21 @@ def test_a_curve_shows_failures_and_the_lambda_it_worked_with():
     assert "3 (mean 1.250)" in table
 
 
+@pytest.mark.parametrize(
+    ("interval", "text"),
+    [
+        ([1.2, 1.4], "[1.200, 1.400]"),
+        ([1.4, None], "[1.400, ∞]"),
+        ([None, None], "beyond the grid"),
+    ],
+)
+def test_a_curve_shows_its_onset(interval, text):
+    onset = {"floor": 0.35, "low": 1.0, "high": 3.0, "onset_by_seed": {"0": [1.0, None]}}
+    curves = {"bounded": onset | {"onset_interval": interval}}
+    table = curve_table("bounded", BOUNDED, {"tests": [], "curves": curves})
+    assert f"onset (1, 3]; of the seeds > 1; bootstrap of its upper edge {text}." in table
+
+
 def test_the_scope_table_says_what_a_prediction_rests_on():
     test = {
         "name": "flat apriori",
