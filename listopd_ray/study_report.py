@@ -203,7 +203,7 @@ def draw_curve(
 ) -> None:
     """Strict parse and NDCG@1 of parsed against λ, predictions as bands; failures below."""
     figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(6.4, 5.6), sharex=True, height_ratios=(3, 1.4), layout="constrained"
+        2, 1, figsize=(8.2, 5.6), sharex=True, height_ratios=(3, 1.4), layout="constrained"
     )
     lams, trials = onset["lams"], _by_lam(rows)
     for key, label, colour, marker in (
@@ -228,8 +228,9 @@ def draw_curve(
         if low is not None and high is not None:
             top.axvspan(low, high, color=colour, alpha=0.18, lw=0)
         top.axvline(test["predicted"], color=colour, ls="--", lw=1.4, label=f"predicted: {kind}")
-    top.set(ylim=(-0.03, 1.03), ylabel="mean over seeds", title=f"{name}: c = {rows[0]['clip']:g}")
-    top.legend(frameon=False, fontsize=8, loc="best")
+    title = f"{name}: c = {onset['clip']:g}, {onset['num_steps']} updates"
+    top.set(ylim=(-0.03, 1.03), ylabel="mean over seeds", title=title)
+    top.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     shares = [failures(trials[lam]) for lam in lams]
     width = 0.6 * min((b - a for a, b in pairwise(lams)), default=0.1)
     base = [0.0] * len(lams)
