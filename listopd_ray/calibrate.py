@@ -112,17 +112,10 @@ def read_onset(config: CalibrateConfig) -> dict[str, Any]:
     if math.isinf(config.clip):
         raise ListopdError("clip: an onset gives no prediction for c = ∞")
     content = read_json(file, str(file))
-    if isinstance(content, dict) and "low" in content:
-        onsets = {"bracket": content}
-    elif isinstance(content, dict) and {"curves", "tests"} <= content.keys():
-        origins = {
-            test["name"].removesuffix(" apriori"): {key: test[key] for key in ORIGIN if key in test}
-            for test in content["tests"]
-            if test["kind"] == "apriori"
-        }
-        onsets = {name: origins.get(name, {}) | found for name, found in content["curves"].items()}
-    else:
-        raise ListopdError(f"{file}: neither a bracket.json nor a verdict.json")
+    try:
+        onsets = {"bracket": content} if "low" in content else _onsets_of_verdict(content)
+    except (TypeError, KeyError, AttributeError):
+        raise ListopdError(f"{file}: neither a bracket.json nor a verdict.json") from None
     asked = {"num_steps": config.num_steps, "clip": config.from_clip, "curve": config.from_curve}
     asked = {key: value for key, value in asked.items() if value is not None}
     onsets = {
@@ -134,11 +127,26 @@ def read_onset(config: CalibrateConfig) -> dict[str, Any]:
     if not onsets:
         listed = ", ".join(f"{key} {value}" for key, value in asked.items())
         raise ListopdError(f"{file}: no onset measured with {listed}")
+    for name, onset in onsets.items():
+        low, high, clip = numbers = [onset.get(key) for key in ("low", "high", "clip")]
+        is_onset = all(isinstance(number, int | float) for number in numbers)
+        if not is_onset or not (1 <= low < high < math.inf and 1 < clip < math.inf):
+            raise ListopdError(f"{file}: {name}: no onset: low {low}, high {high}, clip {clip}")
     distances = {n: abs(math.log(o["clip"] / config.clip)) for n, o in onsets.items()}
     nearest = [name for name in onsets if distances[name] == min(distances.values())]
     if len(nearest) > 1:
         raise ListopdError(f"{file}: several onsets, give from_curve=… ({', '.join(nearest)})")
     return onsets[nearest[0]]
+
+
+def _onsets_of_verdict(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Curve → its onset, with what its a-priori prediction rests on."""
+    origins = {
+        test["name"].removesuffix(" apriori"): {key: test[key] for key in ORIGIN if key in test}
+        for test in content["tests"]
+        if test["kind"] == "apriori"
+    }
+    return {name: origins.get(name, {}) | found for name, found in content["curves"].items()}
 
 
 def print_prediction(prediction: dict[str, Any]) -> None:

@@ -52,12 +52,15 @@ def ray_session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        runtime_env={"env_vars": _TORCH_ENV},
-    )
+    try:
+        ray.init(
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": _TORCH_ENV},
+        )
+    except Exception as error:  # Ray has no common base for them
+        raise ListopdError(f"Ray did not start: {' '.join(str(error).split())}") from error
     try:
         yield
     finally:

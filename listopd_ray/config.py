@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -257,8 +257,8 @@ class Curve:
 @dataclass(frozen=True)
 class StudySection:
     slots: int = 2  # trials at once; each takes the resources of one run
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    curves: dict[str, Curve] = field(default_factory=dict)  # in the order they are run
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of warm start, prompts, sampling
+    curves: dict[str, Curve] = field(default_factory=dict)  # name → keys below; run in this order
     only: list[str] = field(default_factory=list)  # curves to run this time; none: all
     compare: list[str] = field(default_factory=list)  # curves set side by side in the report
     baselines: bool = False  # also judge what a user would do in place of extrapolation
@@ -456,3 +456,6 @@ def _describe(section: DictConfig, prefix: str) -> Iterator[tuple[str, str, str]
             default = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             shown = "null" if default is None else str(default)
             yield f"{prefix}{key.rstrip('_')}", shown, comments.get(key, "")
+        for element in get_args(get_type_hints(schema).get(key)):
+            if dataclasses.is_dataclass(element):  # of a mapping name → section
+                yield from _describe(OmegaConf.structured(element), f"{prefix}{key}.NAME.")

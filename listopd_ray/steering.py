@@ -115,6 +115,10 @@ def read_prediction(config: Config) -> dict[str, Any]:
     prediction = read_json(file, f"prediction: {file}")
     if not isinstance(prediction, dict) or not {"lambda_star", "clip"} <= prediction.keys():
         raise ListopdError(f"prediction: {file}: no prediction.json of `listopd calibrate`")
+    for key in ("lambda_star", "escape", "clip"):
+        value = prediction.get(key)
+        if value is not None and not (isinstance(value, int | float) and 1 <= value < math.inf):
+            raise ListopdError(f"prediction: {file}: {key} is {value!r}, not a number ≥ 1")
     clip = math.inf if prediction["clip"] is None else prediction["clip"]
     if clip != config.clip:
         raise ListopdError(

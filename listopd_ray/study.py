@@ -46,6 +46,7 @@ from listopd_ray.tracking import check_unchanged, check_writable, progress_bar, 
 from listopd_ray.types import ListopdError
 from listopd_ray.warmstart import warm_start
 
+SET_BY_STUDY = ("name", "seed", "lam", "out", "prediction", "cliff.measure")
 ROW = ("lam", "clip", "extrapolation", "num_steps", "seed", "mean_lam", "seconds")
 ROW_OF_STUDENT = (
     "parse_rate",
@@ -353,6 +354,8 @@ def _check(config: StudyConfig) -> None:
     study = config.study
     data_directory(config)
     check_writable(run_directory(config))
+    if study.slots < 1:
+        raise ListopdError(f"study.slots: must be ≥ 1, not {study.slots}")
     if not study.curves:
         raise ListopdError("study.curves: give at least one (see conf/study.yaml)")
     for key, names in (("only", study.only), ("compare", study.compare)):
@@ -371,8 +374,11 @@ def _check(config: StudyConfig) -> None:
             raise ListopdError(f"{key}.lams: must begin with 1, where the floor is taken")
         if curve.lams != sorted(set(curve.lams)) or not all(0 <= x < math.inf for x in curve.lams):
             raise ListopdError(f"{key}.lams: must be finite, ≥ 0 and rise")
-        if not _seeds(config, curve):
-            raise ListopdError(f"{key}.seeds: give at least one")
+        seeds = _seeds(config, curve)
+        if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+            raise ListopdError(f"{key}.seeds: give at least one, each once and ≥ 0")
+        if not_free := [name for name in SET_BY_STUDY if name in curve.set]:
+            raise ListopdError(f"{key}.set: {not_free[0]} is set by the study itself")
         if not (curve.step > 0 and curve.points >= 1):
             raise ListopdError(f"{key}: step must be > 0 and points ≥ 1")
         next(_trials(config, name, curve, [1.0]))  # the keys it sets

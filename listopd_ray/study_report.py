@@ -33,13 +33,11 @@ KIND_COLOURS = {
     "apriori": ORANGE,
     "calibrated": GREEN,
     "budget": "#CC79A7",
-    "budget_first_id": "#999999",
+    "budget_first_id": "#8C6D31",
     "budget_escape": "#7F3C8D",
     "escape": "#D55E00",
     "first_id": "#56B4E9",
 }
-
-
 METHOD_STYLES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), ("#CC79A7", "D"), ("#56B4E9", "v"))
 BASELINE_LINES: tuple[Any, ...] = ("--", "-.", ":", (0, (5, 1)))
 COMPARED = {
@@ -99,9 +97,13 @@ def tests_table(verdict: Mapping[str, Any]) -> str:
 
 
 def scope_table(verdict: Mapping[str, Any]) -> str:
-    """What every a-priori prediction rests on (masses, strict parse), and where it bows out."""
+    """What every a-priori prediction rests on (masses, strict parse), and where it bows out.
+
+    The masses are the scoring teacher's; its strict parse is that of the teacher before
+    `scoring.temperature`, `id_temperature` and `uniform_share`.
+    """
     lines = [
-        "| curve | p | b | warm start | teacher | λ* | onset | inside | out of scope |",
+        "| curve | p | b | warm start | teacher as it is | λ* | onset | inside | out of scope |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for test in verdict["tests"]:

@@ -4,7 +4,8 @@ The verdict is the strict parse rate, on training rollouts and on evaluation, ag
 so far. Past λ* the binding class has lost its restoring force, which two signs show: its tail mass
 falls below (1 − p)/c, or the share of its tokens short of the clip, those still pulled back in
 proportion, is half of what it was before training (where the student was furthest from the teacher,
-so that plain distillation only raises it). Both are harmless while outputs parse, since a student
+so that plain distillation only raises it). Evaluations are not scored: at their steps, too, both
+signs are those of the training rollouts. Both are harmless while outputs parse, since a student
 may settle past the clip exit; they count once the parse rate is falling too.
 """
 

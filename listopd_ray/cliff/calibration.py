@@ -23,7 +23,7 @@ from listopd_ray.cliff.threshold import (
     reversed_runaway,
     runaway,
 )
-from listopd_ray.types import CONTRACT_CLASSES, ListopdError, ScoredRollout
+from listopd_ray.types import CONTRACT_CLASSES, ScoredRollout
 
 UNUSED_ID = "unused_id"  # mass on any id not used yet: a second pair beside item_id's modal token
 FIRST_ID = "first_id"  # item_id at the first item alone, where the student knows least
@@ -158,9 +158,6 @@ def scale_prediction(source: Mapping[str, Any], clip: float) -> dict[str, Any]:
     speaks of the same models and the same number of updates: what `source` says of them is kept,
     and clip exit and runaway are those of its masses at `clip`.
     """
-    for key in ("low", "high", "clip"):
-        if not isinstance(source.get(key), int | float):
-            raise ListopdError(f"calibrated prediction: the onset's {key} is {source.get(key)}")
     low, high, from_clip = source["low"], source["high"], source["clip"]
     edges = [calibrated_lambda_star(edge, from_clip, clip) for edge in (low, high)]
     masses = ("binding_class", "teacher_mass", "base_mass")

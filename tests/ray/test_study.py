@@ -341,6 +341,9 @@ def test_a_budget_prediction_starts_from_the_onset_at_another_budget(slots, make
         ({"a": Curve(lams=[1.2, 1.3], judge=True)}, "study.curves.a.lams: must begin with 1"),
         ({"a": Curve(lams=[1.0, 1.3, 1.2])}, "study.curves.a.lams: must be finite, ≥ 0 and rise"),
         ({"a": Curve(seeds=[])}, "study.curves.a.seeds: give at least one"),
+        ({"a": Curve(seeds=[0, 0])}, "study.curves.a.seeds: give at least one, each once and ≥ 0"),
+        ({"a": Curve(seeds=[-1])}, "study.curves.a.seeds: give at least one, each once and ≥ 0"),
+        ({"a": Curve(set={"out": "x"})}, "study.curves.a.set: out is set by the study itself"),
         ({"a": Curve(set={"clpi": 2.0})}, "Key 'clpi' not in 'Config'"),
         ({"a": Curve(set={"clip": 0.5})}, "clip: c must be > 1"),
         ({"a": Curve(step=0.0)}, "study.curves.a: step must be > 0"),
@@ -356,6 +359,13 @@ def test_a_mistake_in_a_curve_is_one_line_before_anything_is_written(
         study_job(config)
     assert not run_directory(config).exists()
     assert slots.ran == []
+
+
+def test_a_study_needs_a_slot(slots, make_study):
+    config = make_study(**CORE)
+    without = dataclasses.replace(config, study=dataclasses.replace(config.study, slots=0))
+    with pytest.raises(ListopdError, match=r"study\.slots: must be ≥ 1, not 0"):
+        study_job(without)
 
 
 def test_a_real_study_measures_trains_on_one_slot_and_judges(

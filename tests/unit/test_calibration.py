@@ -223,8 +223,6 @@ def test_an_onset_scales_to_another_clip_edge_by_edge():
     assert prediction["lambda_star"] == pytest.approx(1 + 0.35 * ratio)
     assert (prediction["clip"], prediction["num_steps"]) == (5.0, 120)
     assert (prediction["clip_exit"], prediction["runaway"]) == (None, None)  # of no known masses
-    with pytest.raises(ListopdError, match="the onset's high is None"):
-        scale_prediction(source | {"high": None}, 5.0)
 
 
 def test_a_calibrated_prediction_keeps_what_its_onset_was_measured_on():
@@ -282,10 +280,33 @@ def test_a_bracket_of_another_budget_or_none_at_all_is_refused(tmp_path):
     assert read_onset(config)["high"] == 1.4
     with pytest.raises(ListopdError, match="no onset measured with num_steps 120"):
         read_onset(CalibrateConfig(from_=str(file), clip=5.0))
-    for content in ("[]", "{}", '{"tests": []}'):
+    broken_test = '{"curves": {}, "tests": [{"name": "a"}]}'
+    for content in ("[]", "{}", "3", '{"tests": []}', '{"tests": [], "curves": []}', broken_test):
         file.write_text(content)
         with pytest.raises(ListopdError, match=r"neither a bracket\.json nor a verdict\.json"):
             read_onset(config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clip": "2"},
+        {"clip": None},
+        {"clip": 1.0},
+        {"low": 0.5},
+        {"low": None},
+        {"low": 1.4},
+        {"high": "1.4"},
+        {"high": math.nan},
+        {"high": math.inf},
+    ],
+)
+def test_an_onset_with_numbers_that_are_none_is_refused(tmp_path, change):
+    file = tmp_path / "bracket.json"
+    onset = {"low": 1.3, "high": 1.4, "clip": 2.0, "num_steps": 120}
+    file.write_text(json.dumps(onset | change))
+    with pytest.raises(ListopdError, match="bracket: no onset: low"):
+        read_onset(CalibrateConfig(from_=str(file), clip=5.0))
 
 
 def test_escape_is_where_the_mean_advantage_of_first_ids_falls_to_the_clips_bound():

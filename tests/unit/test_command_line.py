@@ -41,6 +41,8 @@ def test_help_shows_defaults_of_nested_and_inherited_keys(capsys):
     shown = capsys.readouterr().out
     assert "directory of the labelled dataset" in shown  # not what `out` is elsewhere
     assert "the key under which a run is found again" in shown
+    main(["study", "--help"])
+    assert "  study.curves.NAME.step=0.1 " in capsys.readouterr().out
 
 
 def test_the_version_is_the_packages(capsys):
