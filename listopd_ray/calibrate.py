@@ -128,7 +128,7 @@ def read_onset(config: CalibrateConfig) -> dict[str, Any]:
         listed = ", ".join(f"{key} {value}" for key, value in asked.items())
         raise ListopdError(f"{file}: no onset measured with {listed}")
     for name, onset in onsets.items():
-        low, high, clip = numbers = [onset.get(key) for key in ("low", "high", "clip")]
+        low, high, clip = numbers = [onset.get(key, math.nan) for key in ("low", "high", "clip")]
         is_onset = all(isinstance(number, int | float) for number in numbers)
         if not is_onset or not (1 <= low < high < math.inf and 1 < clip < math.inf):
             raise ListopdError(f"{file}: {name}: no onset: low {low}, high {high}, clip {clip}")
