@@ -112,8 +112,9 @@ def read_onset(config: CalibrateConfig) -> dict[str, Any]:
     if math.isinf(config.clip):
         raise ListopdError("clip: an onset gives no prediction for c = ∞")
     content = read_json(file, str(file))
+    is_bracket = isinstance(content, dict) and "low" in content
     try:
-        onsets = {"bracket": content} if "low" in content else _onsets_of_verdict(content)
+        onsets = {"bracket": content} if is_bracket else _onsets_of_verdict(content)
     except (TypeError, KeyError, AttributeError):
         raise ListopdError(f"{file}: neither a bracket.json nor a verdict.json") from None
     asked = {"num_steps": config.num_steps, "clip": config.from_clip, "curve": config.from_curve}

@@ -448,6 +448,7 @@ def _describe(section: DictConfig, prefix: str) -> Iterator[tuple[str, str, str]
     for ancestor in schema.__mro__[-2::-1]:  # the class itself last: its own comment wins
         source = inspect.getsource(ancestor)
         comments |= re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE)
+    types = get_type_hints(schema)
     for name, value in section.items():
         key = str(name)
         if isinstance(value, DictConfig) and OmegaConf.get_type(value) is not dict:
@@ -456,6 +457,6 @@ def _describe(section: DictConfig, prefix: str) -> Iterator[tuple[str, str, str]
             default = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             shown = "null" if default is None else str(default)
             yield f"{prefix}{key.rstrip('_')}", shown, comments.get(key, "")
-        for element in get_args(get_type_hints(schema).get(key)):
+        for element in get_args(types.get(key)):
             if dataclasses.is_dataclass(element):  # of a mapping name → section
                 yield from _describe(OmegaConf.structured(element), f"{prefix}{key}.NAME.")

@@ -281,7 +281,8 @@ def test_a_bracket_of_another_budget_or_none_at_all_is_refused(tmp_path):
     with pytest.raises(ListopdError, match="no onset measured with num_steps 120"):
         read_onset(CalibrateConfig(from_=str(file), clip=5.0))
     broken_test = '{"curves": {}, "tests": [{"name": "a"}]}'
-    for content in ("[]", "{}", "3", '{"tests": []}', '{"tests": [], "curves": []}', broken_test):
+    others = ("[]", "{}", "3", '"low"', '["low"]', '{"tests": []}', '{"tests": [], "curves": []}')
+    for content in (*others, broken_test):
         file.write_text(content)
         with pytest.raises(ListopdError, match=r"neither a bracket\.json nor a verdict\.json"):
             read_onset(config)
