@@ -10,7 +10,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from listopd_ray import __version__
-from listopd_ray.config import CalibrateConfig, Config, StudyConfig, describe_keys, load_config
+from listopd_ray.config import Config, describe_keys, load_config
+from listopd_ray.job_config import CalibrateConfig, StudyConfig
 from listopd_ray.label import LabelConfig, label_command
 from listopd_ray.rank import RankConfig
 from listopd_ray.task.amazon import AmazonConfig, write_amazon

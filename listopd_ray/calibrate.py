@@ -23,9 +23,10 @@ from listopd_ray.cliff.calibration import (
 )
 from listopd_ray.cliff.verdict import ORIGIN
 from listopd_ray.cluster import Cluster, launch
-from listopd_ray.config import CalibrateConfig, Config, run_directory, with_values
+from listopd_ray.config import Config, run_directory, with_values
 from listopd_ray.evaluate import judge_rollout
 from listopd_ray.job import teacher_evaluation
+from listopd_ray.job_config import CalibrateConfig
 from listopd_ray.prepare import Prepared, prepare
 from listopd_ray.task.metrics import evaluate_judged, evaluation_to_dict
 from listopd_ray.tracking import check_writable, read_json, replace_file
@@ -66,14 +67,13 @@ def calibrate_job(config: CalibrateConfig) -> dict[str, Any]:
 
 def measure_run(config: Config, prepared: Prepared, cluster: Cluster) -> Measured:
     """Sample the warm start on the held-out prompts and score that with teacher and base."""
-    learner = cluster.start_learner(
-        config, prepared.student_path, prepared.base_path, prepared.canary_ids
-    )
+    learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
     workers = cluster.workers.with_seed(config.seed)
     workers.load_weights(learner.publish_weights())
     prompts = prepared.evaluation.prompts[: config.evaluation.num_prompts]
     generated = workers.generate(prompts, "calibrate")
-    scored = cluster.teacher.fetch(cluster.teacher.score(generated))
+    teacher = cluster.teacher.with_base(prepared.base_path)
+    scored = teacher.fetch(teacher.score(generated))
     judged = [
         judge_rollout(rollout, prepared.text)
         for part in workers.fetch(generated)

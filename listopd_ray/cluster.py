@@ -109,13 +109,18 @@ class Workers:
 class TeacherPool:
     """The teacher actors as one."""
 
-    def __init__(self, actors: Sequence[Any]) -> None:
+    def __init__(self, actors: Sequence[Any], base: str | None = None) -> None:
         self._actors = actors
+        self._base = base
+
+    def with_base(self, base_path: Path | None) -> TeacherPool:
+        """The same actors, for a run with this base (None: none)."""
+        return TeacherPool(self._actors, str(base_path.absolute()) if base_path else None)
 
     def score(self, generated: list[Any]) -> list[Any]:
         """Start scoring; references to one `Scored` a `Generated`."""
-        actors = self._actors
-        return [actors[i % len(actors)].score.remote(part) for i, part in enumerate(generated)]
+        actors, base = self._actors, self._base
+        return [actors[i % len(actors)].score.remote(g, base) for i, g in enumerate(generated)]
 
     def fetch(self, scored: list[Any]) -> list[Scored]:
         """Wait for what `score` started."""
@@ -159,7 +164,8 @@ class LearnerHandle:
 
 
 class Cluster:
-    """One placement group with the rollout workers, the teachers, and room for one learner."""
+    """One placement group with the rollout workers, the teachers (but for `teacher_path=None`), and
+    room for one learner."""
 
     def __init__(
         self,
@@ -171,11 +177,11 @@ class Cluster:
         max_prompt_tokens: int,
         max_new_tokens: int,
     ) -> None:
-        rollout, scoring, learner = config.rollout, config.scoring, config.learner
+        rollout, learner = config.rollout, config.learner
         self._group = _reserve(bundles_of(config, with_teachers=teacher_path is not None))
         self._learner: Any = None
         worker_actors = [
-            self._spawn(RolloutWorker, 1 + index, _vllm_env(config)).remote(
+            _spawn(RolloutWorker, self._group, 1 + index, _vllm_env(config)).remote(
                 rollout,
                 model_path=str(student_path.absolute()),
                 dtype=learner.dtype,
@@ -187,53 +193,82 @@ class Cluster:
             )
             for index in range(rollout.num_workers)
         ]
-        self._teacher_actors = []
+        teacher_actors = []
         if teacher_path is not None:
-            self._teacher_actors = [
-                self._spawn(Teacher, 1 + rollout.num_workers + index, _TORCH_ENV).remote(
-                    scoring,
-                    teacher_path=str(teacher_path.absolute()),
-                    dtype=learner.dtype,
-                    device=config.device,
-                )
-                for index in range(scoring.num_actors)
-            ]
+            first = 1 + rollout.num_workers
+            teacher_actors = _spawn_teachers(config, teacher_path, self._group, first)
         self.workers = Workers(worker_actors, config.seed)
-        self.teacher = TeacherPool(self._teacher_actors)
-        actors = worker_actors + self._teacher_actors
-        self._starting = [actor.__ray_ready__.remote() for actor in actors]
+        self.teacher = TeacherPool(teacher_actors)
+        self._actors = worker_actors + teacher_actors
 
     def start_learner(
-        self, config: Config, student_path: Path, base_path: Path | None, canary_ids: np.ndarray
+        self, config: Config, student_path: Path, canary_ids: np.ndarray
     ) -> LearnerHandle:
-        """A fresh learner in place of the one before; every teacher gets its run's base."""
-        if self._learner is not None:
-            ray.kill(self._learner)
-        base = str(base_path.absolute()) if base_path else None
-        ray.get([actor.use_base.remote(base) for actor in self._teacher_actors])
-        self._learner = self._spawn(Learner, 0, _TORCH_ENV).remote(
+        """A fresh learner in place of the one before."""
+        self.stop_learner()
+        self._learner = _spawn(Learner, self._group, 0, _TORCH_ENV).remote(
             config, student_path=str(student_path.absolute()), canary_ids=canary_ids
         )
         _wait([self._learner.__ray_ready__.remote()], "learner")
         return LearnerHandle(self._learner)
 
+    def stop_learner(self) -> None:
+        if self._learner is not None:
+            ray.kill(self._learner)
+            self._learner = None
+
     def wait_until_ready(self) -> None:
-        """Wait for rollout workers and teachers; raises what their start-up raised."""
-        _wait(self._starting, "rollout workers and teachers")
+        """Wait for rollout workers and teachers; raises what their start-up raised, and where one
+        has died since."""
+        _wait([actor.__ray_ready__.remote() for actor in self._actors], "rollout or teacher actor")
 
     def shutdown(self) -> None:
         remove_placement_group(self._group)
 
-    def _spawn(self, role: type, bundle: int, env: dict[str, str]) -> Any:
-        resources = self._group.bundle_specs[bundle]
-        return ray.remote(role).options(
-            num_cpus=resources.get("CPU", 0),
-            num_gpus=resources.get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=bundle
-            ),
-            runtime_env={"env_vars": env},
+
+class SharedTeachers:
+    """Teacher actors in a placement group of their own, for several clusters at once."""
+
+    def __init__(self, config: Config, teacher_path: Path, num_bases: int) -> None:
+        """`num_bases` runs with bases of their own may use them at once."""
+        self._group = _reserve(teacher_bundles(config))
+        self._actors = _spawn_teachers(config, teacher_path, self._group, 0, num_bases)
+        self.pool = TeacherPool(self._actors)
+
+    def wait_until_ready(self) -> None:
+        """As `Cluster.wait_until_ready`."""
+        _wait([actor.__ray_ready__.remote() for actor in self._actors], "teacher actor")
+
+    def shutdown(self) -> None:
+        remove_placement_group(self._group)
+
+
+def _spawn(role: type, group: PlacementGroup, bundle: int, env: dict[str, str]) -> Any:
+    resources = group.bundle_specs[bundle]
+    return ray.remote(role).options(
+        num_cpus=resources.get("CPU", 0),
+        num_gpus=resources.get("GPU", 0),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(
+            placement_group=group, placement_group_bundle_index=bundle
+        ),
+        runtime_env={"env_vars": env},
+    )
+
+
+def _spawn_teachers(
+    config: Config, teacher_path: Path, group: PlacementGroup, first: int, num_bases: int = 1
+) -> list[Any]:
+    """Into the bundles from `first` on."""
+    return [
+        _spawn(Teacher, group, first + index, _TORCH_ENV).remote(
+            config.scoring,
+            teacher_path=str(teacher_path.absolute()),
+            dtype=config.learner.dtype,
+            device=config.device,
+            num_bases=num_bases,
         )
+        for index in range(config.scoring.num_actors)
+    ]
 
 
 @contextmanager
@@ -279,11 +314,15 @@ def sample_seed(seed: int, tag: str, prompt_id: str, sample_index: int) -> int:
 
 def bundles_of(config: Config, *, with_teachers: bool = True) -> list[dict[str, float]]:
     """Resources of a placement group: the learner, then rollout workers, then teachers."""
-    rollout, scoring, learner = config.rollout, config.scoring, config.learner
+    rollout, learner = config.rollout, config.learner
     bundles = [_bundle(learner.num_cpus, learner.num_gpus)]
     bundles += [_bundle(rollout.num_cpus, rollout.num_gpus)] * rollout.num_workers
-    num_teachers = scoring.num_actors if with_teachers else 0
-    return bundles + [_bundle(scoring.num_cpus, scoring.num_gpus)] * num_teachers
+    return bundles + (teacher_bundles(config) if with_teachers else [])
+
+
+def teacher_bundles(config: Config) -> list[dict[str, float]]:
+    scoring = config.scoring
+    return [_bundle(scoring.num_cpus, scoring.num_gpus)] * scoring.num_actors
 
 
 def _bundle(num_cpus: float, num_gpus: float) -> dict[str, float]:

@@ -116,11 +116,10 @@ def distill(config: Config, prepared: Prepared, cluster: Cluster) -> dict[str, A
         digest = hashlib.sha256(Path(config.prediction).read_bytes()).hexdigest()
     hashes = prepared.hashes | ({"prediction": digest} if digest else {})
     with Run(config, hashes) as run:
-        learner = cluster.start_learner(
-            config, prepared.student_path, prepared.base_path, prepared.canary_ids
-        )
+        learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
         workers = cluster.workers.with_seed(config.seed)
-        results = train(config, prepared, workers, cluster.teacher, learner, run)
+        scorer = cluster.teacher.with_base(prepared.base_path)
+        results = train(config, prepared, workers, scorer, learner, run)
         teacher = teacher_evaluation(config, prepared, cluster.teacher)
         student = run.directory / "student"
         learner.export(student)

@@ -1,22 +1,54 @@
-"""Slots: engines and teachers that live on from one trial to the next, on one machine or many.
+"""Slots: engines that live on from one trial to the next, on one machine or many.
 
-A slot is an actor that owns a placement group with rollout engines, teachers and room for one
-learner. A trial is a whole run: it leases a slot, brings its own learner and returns the slot.
-As many trials run at once as there are slots, so a small cluster never deadlocks.
+A slot is a placement group with rollout engines and room for one learner; the teachers are shared
+by all slots. A trial is a whole run: it leases a slot, gets a learner of its own in it and gives
+the slot back. As many trials run at once as there are slots, so a small cluster never deadlocks.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray.util import ActorPool
 
-from listopd_ray.cluster import Cluster, bundles_of, check_resources
+from listopd_ray.cluster import (
+    START_TIMEOUT_S,
+    Cluster,
+    LearnerHandle,
+    SharedTeachers,
+    TeacherPool,
+    Workers,
+    bundles_of,
+    check_resources,
+    teacher_bundles,
+)
 from listopd_ray.config import Config, needs_base
 from listopd_ray.prepare import Prepared, prepare
 from listopd_ray.types import ListopdError
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A trial's slot, in the place of a `Cluster`."""
+
+    workers: Workers
+    teacher: TeacherPool
+    keeper: Any
+    index: int
+
+    def start_learner(
+        self, config: Config, student_path: Path, canary_ids: np.ndarray
+    ) -> LearnerHandle:
+        """A fresh learner in place of the one before."""
+        arguments = (self.index, config, student_path, canary_ids)
+        return ray.get(self.keeper.start_learner.remote(*arguments))
 
 
 class Slots:
@@ -24,19 +56,22 @@ class Slots:
 
     def __init__(self, config: Config, num_slots: int) -> None:
         """`config` says how large a slot is; raises ListopdError where they do not all fit."""
-        check_resources(f"{num_slots} slots", bundles_of(config) * num_slots)
-        self._actors = [ray.remote(Slot).options(num_cpus=0).remote() for _ in range(num_slots)]
+        bundles = bundles_of(config, with_teachers=False) * num_slots + teacher_bundles(config)
+        check_resources(f"{num_slots} slots", bundles)
+        # Leases may wait while others are given back.
+        options = dict(num_cpus=0, max_concurrency=2 * num_slots + 2)
+        self.keeper = ray.remote(SlotKeeper).options(**options).remote(num_slots)
+        self._num_slots = num_slots
 
     def __enter__(self) -> Slots:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
+        ray.kill(self.keeper)
 
     def run(self, configs: Sequence[Config]) -> Iterator[tuple[Config, dict[str, Any]]]:
         """Trials as they finish, with their summaries; {"error": …} for one that failed."""
-        pool = ActorPool(self._actors)
+        pool = ActorPool(self._runners())
         for number in range(len(configs)):
             pool.submit(lambda actor, n: actor.run.remote(n, configs[n]), number)
         while pool.has_next():
@@ -45,52 +80,160 @@ class Slots:
 
     def measure(self, configs: Sequence[Config]) -> list[Any]:
         """A `calibrate.Measured` for each."""
-        return list(ActorPool(self._actors).map(lambda a, c: a.measure.remote(c), configs))
+        return list(ActorPool(self._runners()).map(lambda a, c: a.measure.remote(c), configs))
+
+    def _runners(self) -> list[Any]:
+        runner = ray.remote(Runner).options(num_cpus=0)
+        return [runner.remote(self.keeper) for _ in range(self._num_slots)]
 
 
-class Slot:
-    """Runs trials one after the other; new engines only for a trial that these do not fit."""
+class SlotKeeper:
+    """The actor that owns engines and teachers. A slot is made when it is first leased, and anew
+    where its engines have died, its last trial failed, or they do not fit the next one."""
 
+    def __init__(self, num_slots: int) -> None:
+        self._slots: list[_Slot] = [_Slot() for _ in range(num_slots)]
+        self._teachers: SharedTeachers | None = None
+        self._teachers_for: Any = None
+        self._changed = threading.Condition()  # who holds which slot
+        self._teacher_lock = threading.Lock()
+        self._seconds: dict[str, list[float]] = {"built": [], "reused": []}
+
+    def lease(self, config: Config, arguments: dict[str, Any], holder: str) -> Lease:
+        """Wait for a slot; `arguments` as for `Cluster`, `holder` names the trial."""
+        start = time.perf_counter()
+        arguments = dict(arguments)
+        pool = self._shared_teachers(config, arguments.pop("teacher_path"))
+        fixed = {name: value for name, value in arguments.items() if name != "student_path"}
+        wanted = (fixed, config.rollout, config.learner, config.sync, config.device)
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._free(), timeout=START_TIMEOUT_S):
+                raise ListopdError(f"no slot came free in {START_TIMEOUT_S:g} s")
+            free = self._free()
+            index = next((i for i in free if self._slots[i].built_for == wanted), free[0])
+            slot = self._slots[index]
+            slot.holder = holder
+        try:
+            if is_new := not slot.fits(wanted):
+                slot.drop()
+                slot.cluster = Cluster(config, teacher_path=None, **arguments)
+                slot.cluster.wait_until_ready()
+                slot.built_for = wanted
+        except BaseException:
+            self.release(holder, sound=False)
+            raise
+        self._seconds["built" if is_new else "reused"].append(time.perf_counter() - start)
+        keeper = ray.get_runtime_context().current_actor
+        assert slot.cluster is not None
+        return Lease(slot.cluster.workers, pool, keeper, index)
+
+    def start_learner(self, index: int, *arguments: Any) -> LearnerHandle:
+        cluster = self._slots[index].cluster
+        assert cluster is not None  # it is leased
+        return cluster.start_learner(*arguments)
+
+    def release(self, holder: str, *, sound: bool) -> None:
+        """Give back what `holder` has, if anything; `sound`: its engines may serve another."""
+        for slot in self._slots:
+            if slot.holder == holder:
+                if not sound:
+                    slot.drop()
+                elif slot.cluster is not None:
+                    slot.cluster.stop_learner()
+                with self._changed:
+                    slot.holder = None
+                    self._changed.notify_all()
+
+    def seconds(self) -> dict[str, list[float]]:
+        """How long every lease took that had to start engines, and every one that had not."""
+        return self._seconds
+
+    def _free(self) -> list[int]:
+        return [index for index, slot in enumerate(self._slots) if slot.holder is None]
+
+    def _shared_teachers(self, config: Config, teacher_path: Path) -> TeacherPool:
+        """One set for all slots; trials that are to share them ask for the same."""
+        wanted = (teacher_path, config.scoring, config.learner.dtype, config.device)
+        with self._teacher_lock:
+            if self._teachers is None or self._teachers_for != wanted or not _alive(self._teachers):
+                if self._teachers is not None:
+                    self._teachers.shutdown()
+                self._teachers = SharedTeachers(config, teacher_path, num_bases=len(self._slots))
+                self._teachers.wait_until_ready()
+                self._teachers_for = wanted
+            return self._teachers.pool
+
+
+class _Slot:
     def __init__(self) -> None:
-        self._cluster: Cluster | None = None
-        self._built_for: Any = None
-        self._prepared: Prepared | None = None
-        self._prepared_for: Any = None
+        self.cluster: Cluster | None = None
+        self.built_for: Any = None
+        self.holder: str | None = None
+
+    def fits(self, wanted: Any) -> bool:
+        return self.cluster is not None and self.built_for == wanted and _alive(self.cluster)
+
+    def drop(self) -> None:
+        if self.cluster is not None:
+            self.cluster.shutdown()
+            self.cluster = self.built_for = None
+
+
+def _alive(actors: Cluster | SharedTeachers) -> bool:
+    try:
+        actors.wait_until_ready()
+    except ListopdError:
+        return False
+    return True
+
+
+class Runner:
+    """Runs trials in leased slots, one after the other."""
+
+    def __init__(self, keeper: Any) -> None:
+        self._keeper = keeper
 
     def run(self, number: int, config: Config) -> tuple[int, dict[str, Any]]:
         """Distil; `number` comes back with the summary, or with the error that ended the trial."""
         from listopd_ray.job import distill  # which imports much that the driver does without
 
         try:
-            return number, distill(config, *self._lease(config))
+            return number, self._in_slot(distill, config)
         except (ListopdError, ray.exceptions.RayError) as error:
-            self._drop_cluster()  # whatever state it is in
-            lines = str(getattr(error, "cause", error)).strip().splitlines()
-            return number, {"error": lines[-1] if lines else type(error).__name__}
+            return number, {"error": one_line(error)}
 
     def measure(self, config: Config) -> Any:
         from listopd_ray.calibrate import measure_run
 
-        return measure_run(config, *self._lease(config))
+        return self._in_slot(measure_run, config)
 
-    def _lease(self, config: Config) -> tuple[Prepared, Cluster]:
-        """The trial's inputs, kept for the next one of the same seed, and engines that fit it."""
-        inputs = (config.seed, config.data, config.task, config.tokenizer, needs_base(config))
-        models = (config.student, config.teacher, config.base, config.rollout.max_new_tokens)
-        if self._prepared is None or self._prepared_for != (inputs, models):
-            self._prepared = prepare(config)
-            self._prepared_for = (inputs, models)
-        arguments = self._prepared.cluster_arguments()
-        fixed = {name: value for name, value in arguments.items() if name != "student_path"}
-        wanted = (fixed, config.rollout, config.scoring, config.learner, config.sync, config.device)
-        if self._cluster is None or self._built_for != wanted:
-            self._drop_cluster()
-            self._cluster = Cluster(config, **arguments)
-            self._built_for = wanted
-            self._cluster.wait_until_ready()
-        return self._prepared, self._cluster
+    def _in_slot(self, work: Any, config: Config) -> Any:
+        prepared = prepared_for(config)
+        holder, sound = f"{config.out}/{config.name}-s{config.seed}", False
+        lease = ray.get(self._keeper.lease.remote(config, prepared.cluster_arguments(), holder))
+        try:
+            result = work(config, prepared, lease)
+            sound = True
+            return result
+        finally:
+            ray.get(self._keeper.release.remote(holder, sound=sound))
 
-    def _drop_cluster(self) -> None:
-        if self._cluster is not None:
-            self._cluster.shutdown()
-            self._cluster = None
+
+_last: tuple[str, Prepared] | None = None
+
+
+def prepared_for(config: Config) -> Prepared:
+    """`prepare`, kept for this process's next trial of the same seed, data and models."""
+    global _last
+    inputs = (config.seed, config.data, config.task, config.tokenizer, needs_base(config))
+    models = (config.student, config.teacher, config.base, config.rollout.max_new_tokens)
+    key = repr((inputs, models))
+    if _last is None or _last[0] != key:
+        _last = (key, prepare(config))
+    return _last[1]
+
+
+def one_line(error: BaseException) -> str:
+    """What an error that came through Ray says in the end."""
+    lines = str(getattr(error, "cause", error)).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

@@ -30,15 +30,8 @@ from listopd_ray.cliff.verdict import (
     study_verdict,
 )
 from listopd_ray.cluster import ray_session
-from listopd_ray.config import (
-    Config,
-    Curve,
-    StudyConfig,
-    dump_config,
-    load_config,
-    run_directory,
-    with_values,
-)
+from listopd_ray.config import Config, dump_config, load_config, run_directory, with_values
+from listopd_ray.job_config import Curve, StudyConfig
 from listopd_ray.slots import Slots
 from listopd_ray.splits import data_directory
 from listopd_ray.study_report import write_report

@@ -31,7 +31,8 @@ class Scored:
 
 
 class Teacher:
-    """Holds the teacher and, once it is told which, the base (λ ≠ 1 and the diagnostics need it).
+    """Holds the teacher and the bases that it was last asked to score with (λ ≠ 1 and the
+    diagnostics need one), `num_bases` of them at most: as many as runs share this actor.
 
     Its own completions come from the teacher as it is; scores from the one that `config` reshapes.
     """
@@ -43,32 +44,28 @@ class Teacher:
         teacher_path: str,
         dtype: str,
         device: str,
+        num_bases: int = 1,
     ) -> None:
         self._config = config
         self._dtype, self._device = dtype, device
         self._teacher = load_model(teacher_path, dtype=dtype, device=device).eval()
-        self._base: PreTrainedModel | None = None
-        self._base_path: str | None = None
+        self._bases: dict[str, PreTrainedModel] = {}  # by path, the last one used at the end
+        self._num_bases = num_bases
         self._tokenizer = load_tokenizer(teacher_path)
         self._end_ids = end_ids(teacher_path, self._tokenizer)
         self._text = TokenText(self._tokenizer, self._end_ids)
         self._id_tokens: dict[int, IdTokens] = {}  # by K
 
-    def use_base(self, base_path: str | None) -> None:
-        """Score with this base from now on; None: without one."""
-        if base_path != self._base_path:
-            options = dict(dtype=self._dtype, device=self._device)
-            self._base = load_model(base_path, **options).eval() if base_path else None
-            self._base_path = base_path
-
     @torch.inference_mode()
-    def score(self, generated: Generated) -> Scored:
+    def score(self, generated: Generated, base_path: str | None = None) -> Scored:
+        """Scores under the teacher and, where one is given, the base."""
         start = time.perf_counter()
+        base = self._base(base_path) if base_path else None
         rollouts = generated.rollouts
         lengths = [len(r.prompt.token_ids) + len(r.token_ids) for r in rollouts]
         scored: dict[int, ScoredRollout] = {}
         for group in micro_batches(lengths, self._config.micro_batch_size):
-            batch = self._score_batch([rollouts[index] for index in group])
+            batch = self._score_batch([rollouts[index] for index in group], base)
             scored.update(zip(group, batch, strict=True))
         ordered = tuple(scored[index] for index in range(len(rollouts)))
         return Scored(rollouts=ordered, seconds=time.perf_counter() - start)
@@ -104,7 +101,19 @@ class Teacher:
             ]
         return Generated(rollouts=tuple(rollouts), seconds=time.perf_counter() - start)
 
-    def _score_batch(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+    def _base(self, path: str) -> PreTrainedModel:
+        if path in self._bases:
+            self._bases[path] = self._bases.pop(path)
+        else:
+            while len(self._bases) >= self._num_bases:
+                del self._bases[next(iter(self._bases))]
+            options = dict(dtype=self._dtype, device=self._device)
+            self._bases[path] = load_model(path, **options).eval()
+        return self._bases[path]
+
+    def _score_batch(
+        self, rollouts: Sequence[Rollout], base_model: PreTrainedModel | None
+    ) -> list[ScoredRollout]:
         batch = collate_rollouts(rollouts, self._device)
         scans = [self._scan(rollout) for rollout in rollouts]
         where, tokens = self._unused_tokens(rollouts, scans)
@@ -122,8 +131,8 @@ class Teacher:
             support_logprobs, support_ids = teacher.topk(self._config.support_size, dim=-1)
             columns |= {"support_ids": support_ids.int(), "support_logprobs": support_logprobs}
         base_columns = ("base_logprobs", "base_modal_logprobs", "base_unused_mass")
-        if self._base is not None:
-            base = completion_logprobs(self._base, batch)
+        if base_model is not None:
+            base = completion_logprobs(base_model, batch)
             columns |= {
                 "base_logprobs": gather(base, batch.token_ids),
                 "base_modal_logprobs": gather(base, modal_ids),
@@ -134,7 +143,7 @@ class Teacher:
             for name, column in columns.items()
         }
         ends = np.cumsum([len(rollout.token_ids) for rollout in rollouts])
-        missing = dict.fromkeys(base_columns) if self._base is None else {}
+        missing = dict.fromkeys(base_columns) if base_model is None else {}
         return [
             ScoredRollout(
                 rollout=rollout,

@@ -63,7 +63,6 @@ def main(student: str, teacher_path: str, data: str, num_rollouts: int = 192) ->
     teacher = Teacher(
         TeacherActorConfig(), teacher_path=teacher_path, dtype="float32", device="cpu"
     )
-    teacher.use_base(student)
     canary = np.concatenate([split.prompts[0].token_ids, [1]])
     learner = Learner(config, student_path=student, canary_ids=canary)
     steering = Steering(config, 0)
@@ -79,7 +78,7 @@ def main(student: str, teacher_path: str, data: str, num_rollouts: int = 192) ->
         sampled = timed("generate", engine.generate)(requests, False)
         rollouts = [make_rollout(r, c, turn) for r, c in zip(requests, sampled, strict=True)]
         generated = Generated(rollouts=tuple(rollouts), seconds=0.0)
-        scored = timed("score", teacher.score)(generated)
+        scored = timed("score", teacher.score)(generated, student)
         metrics = timed("learn", learner.step)(1.2, 1e-4, scored)
         metrics |= timed("judge", contract_metrics)([generated], text)
         steering.observe(metrics, 1.2)

@@ -45,7 +45,6 @@ def by_place(teacher_path: Path, base: Path, split: Split, tokenizer) -> None:
     teacher = Teacher(
         TeacherActorConfig(), teacher_path=str(teacher_path), dtype="float32", device="cpu"
     )
-    teacher.use_base(str(base))
     engine = HfEngine(
         model_path=str(base),
         dtype="float32",
@@ -58,7 +57,8 @@ def by_place(teacher_path: Path, base: Path, split: Split, tokenizer) -> None:
     completions = engine.generate(requests, False)
     rollouts = [make_rollout(r, c, 0) for r, c in zip(requests, completions, strict=True)]
     masses = defaultdict(list)  # place → (p, b) of every output that gets so far
-    for scored in teacher.score(Generated(rollouts=tuple(rollouts), seconds=0.0)).rollouts:
+    generated = Generated(rollouts=tuple(rollouts), seconds=0.0)
+    for scored in teacher.score(generated, str(base)).rollouts:
         for place, at in enumerate(np.flatnonzero(~np.isnan(scored.teacher_unused_mass)), start=1):
             pair = scored.teacher_modal_logprobs[at], scored.base_modal_logprobs[at]
             masses[place].append(np.exp(pair))

@@ -70,8 +70,8 @@ def test_structural_masses_are_those_that_the_noise_of_the_warm_starts_allows(
     teacher = Teacher(
         config.scoring, teacher_path=str(paths[teacher_noise]), dtype="float32", device="cpu"
     )
-    teacher.use_base(str(base))
-    scored = teacher.score(Generated(rollouts=tuple(rollouts), seconds=0.0)).rollouts
+    generated = Generated(rollouts=tuple(rollouts), seconds=0.0)
+    scored = teacher.score(generated, str(base)).rollouts
     evaluation = {"parse_rate": 0.5, "ndcg_at_1": None, "ndcg_at_1_interval": [None, None]}
     prediction = predict(measure(scored), clip=2.0, warm_start=evaluation, teacher=evaluation)
 

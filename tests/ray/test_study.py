@@ -14,14 +14,8 @@ from listopd_ray import study as study_module
 from listopd_ray.calibrate import Measured
 from listopd_ray.cliff.calibration import FIRST_ID, UNUSED_ID, Masses
 from listopd_ray.cliff.threshold import lambda_star
-from listopd_ray.config import (
-    Config,
-    Curve,
-    StudyConfig,
-    StudySection,
-    dump_config,
-    run_directory,
-)
+from listopd_ray.config import Config, dump_config, run_directory
+from listopd_ray.job_config import Curve, StudyConfig, StudySection
 from listopd_ray.prepare import Prepared
 from listopd_ray.study import grid, study_job
 from listopd_ray.types import ListopdError

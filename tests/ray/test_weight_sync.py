@@ -18,9 +18,7 @@ from listopd_ray.types import ListopdError, Prompt, Weights
 @pytest.fixture(scope="module")
 def versions(config: Config, prepared: Prepared, cluster: Cluster) -> tuple[Weights, Weights]:
     """The student before and after one large update."""
-    learner = cluster.start_learner(
-        config, prepared.student_path, prepared.base_path, prepared.canary_ids
-    )
+    learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
     before = learner.publish_weights()
     cluster.workers.load_weights(before)
     rollouts = cluster.workers.generate(prepared.train.prompts[:8], "test")

@@ -15,7 +15,7 @@ from listopd_ray.cliff.calibration import (
     scale_prediction,
 )
 from listopd_ray.cliff.threshold import clip_exit, lambda_star, runaway
-from listopd_ray.config import CalibrateConfig
+from listopd_ray.job_config import CalibrateConfig
 from listopd_ray.types import ListopdError, ScoredRollout, TokenClass
 
 # Opening, id, separator, id, closing, end: an output of two items.

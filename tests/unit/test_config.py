@@ -5,11 +5,9 @@ import pytest
 import yaml
 
 from listopd_ray.config import (
-    CalibrateConfig,
     CliffConfig,
     Config,
     Schedule,
-    StudyConfig,
     describe_keys,
     dump_config,
     load_config,
@@ -18,6 +16,7 @@ from listopd_ray.config import (
     schedule_value,
     with_values,
 )
+from listopd_ray.job_config import CalibrateConfig, StudyConfig
 from listopd_ray.types import ListopdError
 
 

@@ -30,15 +30,13 @@ def make_learner(student_path, canary_ids):
     return make
 
 
-def make_teacher(teacher_path, base_path=None):
-    teacher = Teacher(
+def make_teacher(teacher_path):
+    return Teacher(
         TeacherActorConfig(micro_batch_size=4),
         teacher_path=str(teacher_path),
         dtype="float32",
         device="cpu",
     )
-    teacher.use_base(str(base_path) if base_path else None)
-    return teacher
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def scored(rollouts, teacher_path, base_path):
         )
         for rollout in rollouts
     )
-    return make_teacher(teacher_path, base_path).score(Generated(rollouts=noisy, seconds=0.0))
+    return make_teacher(teacher_path).score(Generated(rollouts=noisy, seconds=0.0), str(base_path))
 
 
 def replaced(scored, index, **fields):

@@ -22,23 +22,21 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def make_teacher(teacher_path):
-    def make(base_path=None, **settings):
-        teacher = Teacher(
+    def make(**settings):
+        return Teacher(
             TeacherActorConfig(**settings),
             teacher_path=str(teacher_path),
             dtype="float32",
             device="cpu",
         )
-        teacher.use_base(str(base_path) if base_path else None)
-        return teacher
 
     return make
 
 
 @pytest.fixture(scope="module")
 def scored(make_teacher, base_path, rollouts):
-    teacher = make_teacher(base_path, micro_batch_size=3, support_size=4)
-    return teacher.score(Generated(rollouts=rollouts, seconds=0.0)).rollouts
+    teacher = make_teacher(micro_batch_size=3, support_size=4)
+    return teacher.score(Generated(rollouts=rollouts, seconds=0.0), str(base_path)).rollouts
 
 
 @pytest.fixture(scope="module")
@@ -337,14 +335,21 @@ def test_the_start_up_gate_scores_with_the_checkpoint_as_it_is(
         assert np.array_equal(part.teacher_logprobs, other.teacher_logprobs)
 
 
-def test_the_base_can_be_changed_between_runs(make_teacher, base_path, student_path, rollouts):
-    generated = Generated(rollouts=rollouts, seconds=0.0)
-    teacher = make_teacher(student_path)
-    teacher.use_base(str(base_path))
-    changed = teacher.score(generated)
-    for part, other in zip(
-        changed.rollouts, make_teacher(base_path).score(generated).rollouts, strict=True
-    ):
-        assert np.array_equal(part.base_logprobs, other.base_logprobs)
-    teacher.use_base(None)
-    assert teacher.score(generated).rollouts[0].base_logprobs is None
+@pytest.mark.parametrize("num_bases", [1, 2])
+def test_every_call_is_scored_with_its_own_base(
+    teacher_path, base_path, student_path, rollouts, num_bases
+):
+    def make():
+        settings = TeacherActorConfig()
+        options = dict(dtype="float32", device="cpu", num_bases=num_bases)
+        return Teacher(settings, teacher_path=str(teacher_path), **options)
+
+    generated, shared = Generated(rollouts=rollouts, seconds=0.0), make()
+    alone = {p: make().score(generated, str(p)).rollouts for p in (base_path, student_path)}
+    for path in (base_path, student_path, base_path):
+        for part, other in zip(
+            shared.score(generated, str(path)).rollouts, alone[path], strict=True
+        ):
+            assert np.array_equal(part.base_logprobs, other.base_logprobs)
+    assert len(shared._bases) == num_bases
+    assert shared.score(generated).rollouts[0].base_logprobs is None

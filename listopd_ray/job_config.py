@@ -1,0 +1,71 @@
+"""Configurations of whole jobs: a run's, and a section of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from listopd_ray.config import Config
+
+
+@dataclass(frozen=True)
+class CalibrateConfig(Config):
+    """Of `listopd calibrate`."""
+
+    from_: str | None = None  # verdict.json or bracket.json: scale its onset to this clip
+    from_clip: float | None = None  # which of a verdict's clips; null: the nearest
+    from_curve: str | None = None  # which of its curves, where several have that clip
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Trials over λ with everything else fixed; what is predicted of it is locked before them."""
+
+    set: dict[str, Any] = field(default_factory=dict)  # keys of the run's configuration
+    lams: list[float] = field(default_factory=list)  # λ; none: 1 and `points` around λ*
+    step: float = 0.1  # between grid points
+    points: int = 5  # of the grid around λ*: its first lies one to two steps below
+    seeds: list[int] | None = None  # null: the study's
+    judge: bool = False  # lock the a-priori prediction and judge it
+    calibrated_from: str | None = None  # an earlier curve whose onset predicts this one's
+    budget_from: str | None = None  # an earlier curve at another num_steps, likewise
+
+
+@dataclass(frozen=True)
+class StudySection:
+    slots: int = 2  # trials at once; each takes the resources of one run
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of warm start, prompts, sampling
+    curves: dict[str, Curve] = field(default_factory=dict)  # name → keys below; run in this order
+    only: list[str] = field(default_factory=list)  # curves to run this time; none: all
+    compare: list[str] = field(default_factory=list)  # curves set side by side in the report
+    baselines: bool = False  # also judge what a user would do in place of extrapolation
+
+
+@dataclass(frozen=True)
+class StudyConfig(Config):
+    """Of `listopd study`: a run's configuration and the curves that vary it."""
+
+    study: StudySection = field(default_factory=StudySection)
+
+
+@dataclass(frozen=True)
+class SearchSection:
+    slots: int = 2  # trials at once; each takes the resources of one run, the teachers are shared
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])  # that judge every λ
+    resolution: float = 0.05  # of λ: how wide the bracket may be in the end
+    max_lam: float = 5.0  # the search goes no farther
+    error: float = 0.01  # allowed probability that a verdict on a λ is wrong, for these seeds
+    rung: int = (
+        20  # updates from which a collapse may rule a λ out; nothing passes before num_steps
+    )
+    collapsed: float = 0.05  # strict parse of the rollouts below which outputs have collapsed
+    patience: int = 5  # updates in a row
+    attempts: int = 3  # of a trial that fails, before the search ends
+    margin: float = 0.2  # share of low − 1 that the recommended λ stays below low
+
+
+@dataclass(frozen=True)
+class SearchConfig(Config):
+    """Of `listopd search`: a run's configuration and how its λ is searched."""
+
+    search: SearchSection = field(default_factory=SearchSection)

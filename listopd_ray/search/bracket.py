@@ -1,0 +1,247 @@
+"""Which λ and seed to run next, and the bracket so far: the search without Ray.
+
+λ lies on the grid 1, 1 + resolution, 1 + 2·resolution, … or half-way, and is known here by its place,
+in half steps from 1. The search asks for a few λ at a time and goes on when all of them are decided, so that it takes the
+same course whatever order trials end in, and after a restart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from listopd_ray.search.judgement import Outcome, Verdict, judge, rate
+
+
+HALVES = 2  # places a step
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial to run; `full`: to the full budget, even if it collapses."""
+
+    lam: float
+    seed: int
+    full: bool
+
+
+class Bracket:
+    """Asks for trials with `next_job`, is told with `record` and `fail`; `done` in the end.
+
+    `start` is the interval in which the onset is predicted. `state` continues an earlier search.
+    """
+
+    def __init__(
+        self,
+        *,
+        start: tuple[float, float],
+        seeds: Sequence[int],
+        resolution: float,
+        max_lam: float,
+        error: float,
+        margin: float,
+        slots: int,
+        attempts: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self._seeds = tuple(seeds)
+        self._resolution = resolution
+        self._error = error
+        self._margin = margin
+        self._attempts = attempts
+        # A verdict takes more than half of the seeds: slots beyond that go to another λ.
+        self._lams_at_once = max(1, slots // (len(seeds) // 2 + 1))
+        self._top = HALVES * math.floor((max_lam - 1) / resolution + 1e-9)
+        low = HALVES * math.floor((start[0] - 1) / resolution + 1e-9)
+        high = HALVES * math.ceil((start[1] - 1) / resolution - 1e-9)
+        self._first_low = min(max(low, 0), self._top - HALVES)
+        self._first_high = min(max(high, self._first_low + HALVES), self._top)
+        self.asked: list[float] = list(state["asked"]) if state else []
+        outcomes = [Outcome(**trial) for trial in state["trials"]] if state else []
+        self.outcomes = {(outcome.lam, outcome.seed): outcome for outcome in outcomes}
+        self._failures: Counter[tuple[float, int]] = Counter()
+        self._running: dict[tuple[float, int], Job] = {}
+
+    def state(self) -> dict[str, Any]:
+        """All that a restarted search needs, as JSON."""
+        return {"asked": self.asked, "trials": [asdict(o) for o in self.outcomes.values()]}
+
+    def next_job(self) -> Job | None:
+        """A trial to start now. None: `done`, given up, or to be asked again once one has ended."""
+        job = None if self.given_up else self._next_job()
+        if job is not None:
+            self._running[job.lam, job.seed] = job
+        return job
+
+    def record(self, outcome: Outcome) -> None:
+        """What became of a trial; what it spent before is added."""
+        key = (outcome.lam, outcome.seed)
+        self._running.pop(key, None)
+        before = self.outcomes.pop(key, None)
+        if before is not None:
+            outcome = replace(outcome, updates=outcome.updates + before.updates)
+        self.outcomes[key] = outcome
+
+    def fail(self, lam: float, seed: int) -> None:
+        """A trial ended without a result: it is asked for again."""
+        self._running.pop((lam, seed), None)
+        self._failures[lam, seed] += 1
+
+    def needs(self, lam: float, seed: int) -> bool:
+        """Whether a running trial can still change anything."""
+        job = self._running.get((lam, seed))
+        verdict = self.verdict(lam) if lam in self.asked else None
+        if job is None or verdict is None:
+            return True
+        return job.full and (not verdict.full or lam == self.recommended)
+
+    @property
+    def given_up(self) -> bool:
+        """Some trial has failed too often."""
+        return any(count >= self._attempts for count in self._failures.values())
+
+    @property
+    def done(self) -> bool:
+        """Bracket closed, its ends judged at the full budget, the student made."""
+        return bool(self._floor()) and self._next_job() is None and not self._running
+
+    @property
+    def low(self) -> float:
+        """The largest λ that holds; 1, where the floor is taken, holds by definition."""
+        return self._lam(self._ends()[0])
+
+    @property
+    def high(self) -> float | None:
+        """The smallest λ above `low` that breaks; None: none was found up to `max_lam`."""
+        high = self._ends()[1]
+        return None if high is None else self._lam(high)
+
+    @property
+    def floor(self) -> float | None:
+        """Mean strict parse that has to be reached; None before it is measured."""
+        floor = self._floor()
+        return sum(map(rate, floor)) / len(floor) / 2 if floor else None
+
+    @property
+    def recommended(self) -> float:
+        """`low` less a share of its distance from 1."""
+        return round(1 + (1 - self._margin) * (self.low - 1), 6)
+
+    @property
+    def confidence(self) -> float:
+        """Probability that neither end's verdict is wrong, for these seeds."""
+        ends = [self.verdict(lam) for lam in (self.low, self.high) if lam not in (None, 1.0)]
+        return max(0.0, 1 - sum(verdict.error for verdict in ends if verdict is not None))
+
+    def verdict(self, lam: float) -> Verdict | None:
+        """On a λ that was asked for; None: not decided yet."""
+        floor = self._floor()
+        if not floor:
+            return None
+        return judge([self.outcomes.get((lam, s)) for s in self._seeds], floor, self._error)
+
+    def _next_job(self) -> Job | None:
+        for seed in self._seeds:
+            if self._is_free(1.0, seed, full=True):
+                return Job(1.0, seed, full=True)
+        undecided = [lam for lam in self.asked if self.verdict(lam) is None]
+        if not self._floor():  # being measured: what is certain to be needed need not wait
+            undecided = undecided or self._ask(self._first_places())
+        elif not undecided:
+            undecided = self._ask(self._next_places())
+        if undecided:
+            return self._job_of(undecided)
+        return self._last_job()
+
+    def _job_of(self, lams: Sequence[float]) -> Job | None:
+        """The next trial of some undecided λ, seed by seed."""
+        for seed in self._seeds:
+            for lam in lams:
+                if self._is_free(lam, seed, full=False):
+                    return Job(lam, seed, full=False)
+        if self._running or not self._floor():
+            return None
+        # All have been run and yet it is too close to call: what was stopped is run to its end.
+        pairs = [(lam, seed) for lam in lams for seed in self._seeds]
+        return next(Job(lam, seed, True) for lam, seed in pairs if self._is_free(lam, seed, True))
+
+    def _last_job(self) -> Job | None:
+        """With the bracket closed: what its upper end lacks at the full budget, then the student."""
+        if self.high is not None:
+            verdict = self.verdict(self.high)
+            if verdict is not None and not verdict.full:
+                free = (s for s in self._seeds if self._is_free(self.high, s, full=True))
+                seed = next(free, None)
+                return None if seed is None else Job(self.high, seed, full=True)
+        if self._is_free(self.recommended, self._seeds[0], full=True):
+            return Job(self.recommended, self._seeds[0], full=True)
+        return None
+
+    def _is_free(self, lam: float, seed: int, full: bool) -> bool:
+        """Neither running nor run; to the end, if `full`."""
+        outcome = self.outcomes.get((lam, seed))
+        has_run = outcome is not None and outcome.kind in (
+            ("finished",) if full else ("finished", "collapsed")
+        )
+        return not has_run and (lam, seed) not in self._running
+
+    def _ask(self, places: Sequence[int]) -> list[float]:
+        lams = [self._lam(place) for place in places]
+        self.asked += lams
+        return lams
+
+    def _first_places(self) -> list[int]:
+        places = [self._first_low, self._first_high]
+        return [place for place in places if place > 0][: self._lams_at_once]
+
+    def _next_places(self) -> list[int]:
+        """Where to look next: the predicted interval's ends; beyond them with steps that double; then
+        between what holds and what breaks. Half a step to the sides of what is too close to call.
+        Empty: the bracket is closed."""
+        judged = {self._place(lam) for lam in self.asked}
+        low, high = self._ends()
+        unclear = [p for p in judged if low < p < (high or math.inf)]
+        if unclear:
+            sides = [min(unclear) - 1, max(unclear) + 1]
+            return [place for place in sides if low < place < (high or self._top + 1)]
+        at_once = self._lams_at_once
+        width = self._first_high - self._first_low
+        if high is None:
+            first = [p for p in (self._first_low, self._first_high) if p > low]
+            widened = sum(place > self._first_high for place in judged)
+            start, step = max(low, self._first_high), width * 2**widened
+            farther = [min(start + step * (2**n - 1), self._top) for n in range(1, at_once + 1)]
+            return sorted({*first, *farther} - {low})[:at_once]
+        if low == 0 and min(judged) == high:
+            widened = sum(place < self._first_low for place in judged)
+            farther = [high - width * 2**widened * (2**n - 1) for n in range(1, at_once + 1)]
+            if below := [place for place in farther if place > 0]:
+                return sorted(below)
+        steps = (high - low) // HALVES
+        between = {steps * n // (at_once + 1) for n in range(1, at_once + 1)} - {0}
+        return [low + HALVES * step for step in sorted(between)]
+
+    def _ends(self) -> tuple[int, int | None]:
+        """Places of the largest λ that clearly holds and of the smallest above that clearly breaks."""
+        verdicts = {self._place(lam): self.verdict(lam) for lam in self.asked}
+        clear = {p: v.holds for p, v in verdicts.items() if v and v.error <= self._error}
+        low = max((place for place, holds in clear.items() if holds), default=0)
+        broken = [place for place, holds in clear.items() if not holds and place > low]
+        return low, min(broken, default=None)
+
+    def _floor(self) -> list[Outcome]:
+        """The trials at λ = 1, by seed; empty until all are finished."""
+        floor = [self.outcomes.get((1.0, seed)) for seed in self._seeds]
+        whole = [outcome for outcome in floor if outcome is not None]
+        return (
+            whole if all(o.kind == "finished" for o in whole) and len(whole) == len(floor) else []
+        )
+
+    def _lam(self, place: int) -> float:
+        return round(1 + place * self._resolution / HALVES, 6)
+
+    def _place(self, lam: float) -> int:
+        return round(HALVES * (lam - 1) / self._resolution)
