@@ -11,7 +11,7 @@ from typing import Any
 
 from listopd_ray import __version__
 from listopd_ray.config import Config, describe_keys, load_config
-from listopd_ray.job_config import CalibrateConfig, StudyConfig
+from listopd_ray.job_config import CalibrateConfig, SearchConfig, StudyConfig
 from listopd_ray.label import LabelConfig, label_command
 from listopd_ray.rank import RankConfig
 from listopd_ray.task.amazon import AmazonConfig, write_amazon
@@ -76,6 +76,12 @@ def _study(config: StudyConfig) -> None:
     study_job(config)
 
 
+def _search(config: SearchConfig) -> None:
+    from listopd_ray.search.search import search_job
+
+    search_job(config)
+
+
 def _evaluate(model: str, config: Config) -> None:
     from listopd_ray.job import evaluate_job
 
@@ -122,6 +128,14 @@ COMMANDS = {
         Config,
         _demo,
         details="One run for each and for each of demo_seeds; finished runs are not repeated.",
+    ),
+    "search": Command(
+        "find the interval of λ in which the output contract starts to break",
+        SearchConfig,
+        _search,
+        details="Writes <out>/<name>/bracket.json and the student of the recommended λ. Starts\nfrom "
+        "prediction=FILE of `listopd calibrate`, or from what it measures itself.\n"
+        "The same command again continues.",
     ),
     "evaluate": Command(
         "judge a checkpoint on held-out prompts, sampled and greedy",

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from listopd_ray.evaluate import evaluate
 from listopd_ray.models import end_ids, load_tokenizer, model_hash
 from listopd_ray.prepare import Prepared, prepare, serving_arguments
 from listopd_ray.roles.rollout import Generated
+from listopd_ray.slots import Lease
 from listopd_ray.splits import data_directory, load_split
 from listopd_ray.steering import check_prediction, read_prediction
 from listopd_ray.task.contract import TokenText
@@ -107,15 +108,23 @@ def evaluate_checkpoint(model: str, config: Config) -> dict[str, Any]:
     return result
 
 
-def distill(config: Config, prepared: Prepared, cluster: Cluster) -> dict[str, Any]:
-    """Train one student on a running cluster and write its run directory; returns the summary."""
+def distill(
+    config: Config,
+    prepared: Prepared,
+    cluster: Cluster | Lease,
+    report: Callable[[dict[str, float]], None] | None = None,
+) -> dict[str, Any]:
+    """Train one student on a running cluster and write its run directory; returns the summary.
+
+    `report` is given the metrics of every update once they are written.
+    """
     start = time.perf_counter()
     digest = None
     if config.prediction:
         check_prediction(config, prepared.hashes)
         digest = hashlib.sha256(Path(config.prediction).read_bytes()).hexdigest()
     hashes = prepared.hashes | ({"prediction": digest} if digest else {})
-    with Run(config, hashes) as run:
+    with Run(config, hashes, report) as run:
         learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
         workers = cluster.workers.with_seed(config.seed)
         scorer = cluster.teacher.with_base(prepared.base_path)

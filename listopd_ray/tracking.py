@@ -46,12 +46,19 @@ def check_writable(directory: Path) -> None:
 class Run:
     """Opens `<out>/<name>`, new or interrupted, and writes everything that belongs into it.
 
-    `hashes` are those of data and models. Raises ListopdError as `check_startable` does, where a
-    continued run was begun on other data or models, and where the directory cannot be written.
+    `hashes` are those of data and models; `report` is given every row of metrics too.
+    Raises ListopdError as `check_startable` does, where a continued run was begun on other data or
+    models, and where the directory cannot be written.
     """
 
-    def __init__(self, config: Config, hashes: dict[str, str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        hashes: dict[str, str],
+        report: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:
         check_startable(config)
+        self._report = report
         self.directory = run_directory(config)
         self._config = config
         try:
@@ -128,6 +135,8 @@ class Run:
         _append(self.directory / "metrics.jsonl", [row])
         if self._wandb is not None:
             self._wandb.log(row)
+        if self._report is not None:
+            self._report(row)
 
     def keep_samples(self, step: int, judged: Sequence[Judged]) -> None:
         rows = [
@@ -198,11 +207,12 @@ def _nested(config: Config) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
 
 
-def check_unchanged(config: Config) -> None:
-    """Raises ListopdError, with the keys, where the run was begun with another configuration."""
+def check_unchanged(config: Config, but_for: Sequence[str] = ()) -> None:
+    """Raises ListopdError, with the keys, where the run was begun with another configuration; keys
+    of `but_for` may differ."""
     file = run_directory(config) / "config.yaml"
-    before, now = _flat(_nested(load_config(Config, [str(file)]))), _flat(_nested(config))
-    changed = [key for key in now if now[key] != before.get(key)]
+    before, now = _flat(_nested(load_config(type(config), [str(file)]))), _flat(_nested(config))
+    changed = [key for key in now if now[key] != before.get(key) and key not in but_for]
     if changed:
         listed = ", ".join(f"{key} ({before.get(key)} → {now[key]})" for key in changed)
         raise ListopdError(f"{file.parent}: begun with another configuration: {listed}")
@@ -251,6 +261,6 @@ def read_json(file: Path, what: str) -> Any:
 
 def replace_file(file: Path, text: str) -> None:
     """Write `file` whole or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # trials may share a cache
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)

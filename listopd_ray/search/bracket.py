@@ -1,8 +1,8 @@
 """Which λ and seed to run next, and the bracket so far: the search without Ray.
 
-λ lies on the grid 1, 1 + resolution, 1 + 2·resolution, … or half-way, and is known here by its place,
-in half steps from 1. The search asks for a few λ at a time and goes on when all of them are decided, so that it takes the
-same course whatever order trials end in, and after a restart.
+λ lies on the grid 1, 1 + resolution, 1 + 2·resolution, … or half-way, and is known here by its
+place, in half steps from 1. The search asks for a few λ at a time and goes on when all of them are
+decided, so that it takes the same course whatever order trials end in, and after a restart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from listopd_ray.search.judgement import Outcome, Verdict, judge, rate
-
 
 HALVES = 2  # places a step
 
@@ -61,7 +60,7 @@ class Bracket:
         self._first_high = min(max(high, self._first_low + HALVES), self._top)
         self.asked: list[float] = list(state["asked"]) if state else []
         outcomes = [Outcome(**trial) for trial in state["trials"]] if state else []
-        self.outcomes = {(outcome.lam, outcome.seed): outcome for outcome in outcomes}
+        self.outcomes = {(o.lam, o.seed): o for o in outcomes}  # in the order they ended
         self._failures: Counter[tuple[float, int]] = Counter()
         self._running: dict[tuple[float, int], Job] = {}
 
@@ -131,10 +130,19 @@ class Bracket:
         return round(1 + (1 - self._margin) * (self.low - 1), 6)
 
     @property
+    def student_seed(self) -> int:
+        """Of the one run at the recommended λ."""
+        return self._seeds[0]
+
+    @property
     def confidence(self) -> float:
         """Probability that neither end's verdict is wrong, for these seeds."""
         ends = [self.verdict(lam) for lam in (self.low, self.high) if lam not in (None, 1.0)]
         return max(0.0, 1 - sum(verdict.error for verdict in ends if verdict is not None))
+
+    def is_clear(self, verdict: Verdict) -> bool:
+        """Whether it may make its λ an end of the bracket."""
+        return verdict.error <= self._error
 
     def verdict(self, lam: float) -> Verdict | None:
         """On a λ that was asked for; None: not decided yet."""
@@ -169,7 +177,7 @@ class Bracket:
         return next(Job(lam, seed, True) for lam, seed in pairs if self._is_free(lam, seed, True))
 
     def _last_job(self) -> Job | None:
-        """With the bracket closed: what its upper end lacks at the full budget, then the student."""
+        """The bracket is closed: what its upper end lacks at the full budget, then the student."""
         if self.high is not None:
             verdict = self.verdict(self.high)
             if verdict is not None and not verdict.full:
@@ -198,9 +206,9 @@ class Bracket:
         return [place for place in places if place > 0][: self._lams_at_once]
 
     def _next_places(self) -> list[int]:
-        """Where to look next: the predicted interval's ends; beyond them with steps that double; then
-        between what holds and what breaks. Half a step to the sides of what is too close to call.
-        Empty: the bracket is closed."""
+        """Where to look next: at the predicted interval's ends; beyond, in steps that double; then
+        between what holds and what breaks. Half a step beside what is too close to call. Empty: the
+        bracket is closed."""
         judged = {self._place(lam) for lam in self.asked}
         low, high = self._ends()
         unclear = [p for p in judged if low < p < (high or math.inf)]
@@ -225,9 +233,9 @@ class Bracket:
         return [low + HALVES * step for step in sorted(between)]
 
     def _ends(self) -> tuple[int, int | None]:
-        """Places of the largest λ that clearly holds and of the smallest above that clearly breaks."""
+        """Places of the largest λ that clearly holds, and of the smallest above that breaks."""
         verdicts = {self._place(lam): self.verdict(lam) for lam in self.asked}
-        clear = {p: v.holds for p, v in verdicts.items() if v and v.error <= self._error}
+        clear = {p: v.holds for p, v in verdicts.items() if v and self.is_clear(v)}
         low = max((place for place, holds in clear.items() if holds), default=0)
         broken = [place for place, holds in clear.items() if not holds and place > low]
         return low, min(broken, default=None)

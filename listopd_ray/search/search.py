@@ -1,0 +1,212 @@
+"""`listopd search`: the interval of λ in which the output contract starts to break.
+
+    <out>/<name>/prediction.json   where it starts: given, or measured before the first trial
+    <out>/<name>/search.json       all that a restarted search needs
+    <out>/<name>/trials/lam…-s…/   one run
+    <out>/<name>/bracket.json, bracket.svg, student/
+
+The same command again continues.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from listopd_ray.calibrate import make_prediction, print_prediction
+from listopd_ray.cluster import ray_session
+from listopd_ray.config import Config, dump_config, run_directory, with_values
+from listopd_ray.job_config import SearchConfig
+from listopd_ray.models import model_hash
+from listopd_ray.search.bracket import Bracket
+from listopd_ray.search.report import Display, draw_bracket, outcome_json
+from listopd_ray.search.tuning import BracketSearcher, run_tune, trial_config
+from listopd_ray.slots import Slots
+from listopd_ray.splits import data_directory
+from listopd_ray.steering import read_prediction
+from listopd_ray.task.data import dataset_hash
+from listopd_ray.tracking import check_unchanged, check_writable, read_json, replace_file
+from listopd_ray.types import ListopdError
+from listopd_ray.warmstart import warm_start
+
+MAY_CHANGE = ("search.slots", "search.attempts")  # between sittings
+
+
+def search_job(config: SearchConfig) -> None:
+    """Search, or go on with it; then write the bracket, its figure and the recommended student."""
+    _check(config)
+    directory = run_directory(config)
+    if (directory / "config.yaml").exists():
+        check_unchanged(config, but_for=MAY_CHANGE)
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_file(directory / "config.yaml", dump_config(config))
+    run = with_values(config, {"out": str(directory / "trials"), "prediction": None})
+    with ray_session():
+        hashes = _warm_starts(config, run)
+        with Slots(run, config.search.slots) as slots:
+            prediction = _prediction(config, run, slots)
+            state = _read_state(directory, hashes)
+            bracket = _bracket(config, prediction, state)
+            if not bracket.done:
+                _run_trials(config, run, slots, bracket, prediction, state)
+    if not bracket.done:
+        raise ListopdError(f"{directory}: given up; the same command again goes on")
+    outcome = outcome_json(config, bracket, prediction, state)
+    _take_student(run, bracket, directory / "student")
+    draw_bracket(outcome, directory / "bracket.svg")
+    replace_file(directory / "bracket.json", json.dumps(outcome, indent=2) + "\n")
+    print_outcome(outcome, directory)
+
+
+def _run_trials(
+    config: SearchConfig,
+    run: Config,
+    slots: Slots,
+    bracket: Bracket,
+    prediction: dict[str, Any],
+    state: dict[str, Any],
+) -> None:
+    import ray
+
+    file, begun, before = run_directory(config) / "search.json", time.time(), dict(state)
+
+    def save() -> None:
+        state.update(bracket.state())
+        state["seconds"] = before["seconds"] + time.time() - begun
+        replace_file(file, json.dumps(state, indent=1) + "\n")
+
+    searcher = BracketSearcher(bracket, config.search, run.num_prompts * run.group_size, save)
+    with Display(bracket, prediction, config) as display:
+        options = dict(searcher=searcher, stopper=searcher.stopper, slots=config.search.slots)
+        run_tune(run, slots.keeper, show=display.show, **options)  # type: ignore[arg-type]
+    seconds = ray.get(slots.keeper.seconds.remote())
+    for kind, values in seconds.items():
+        state["slots"][kind] += values
+    save()
+    if bracket.given_up:
+        raise ListopdError(
+            f"{display.last_error}; given up after {config.search.attempts} attempts: the same "
+            "command again goes on"
+        )
+
+
+def _read_state(directory: Path, hashes: dict[str, Any]) -> dict[str, Any]:
+    file = directory / "search.json"
+    if not file.exists():
+        slots: dict[str, list[float]] = {"built": [], "reused": []}
+        return {"asked": [], "trials": [], "seconds": 0.0, "slots": slots, "hashes": hashes}
+    state = read_json(file, str(file))
+    changed = [name for name in hashes if hashes[name] != state["hashes"].get(name)]
+    if changed:
+        raise ListopdError(f"{directory}: begun with another {', '.join(changed)}")
+    return state
+
+
+def _bracket(config: SearchConfig, prediction: dict[str, Any], state: dict[str, Any]) -> Bracket:
+    search, star = config.search, prediction["lambda_star"]
+    if star is None:
+        star = 1.0  # nothing predicted: the search widens from there
+    edges = [prediction.get(f"lambda_star_{side}") for side in ("low", "high")]
+    low, high = (star if edge is None else edge for edge in edges)
+    return Bracket(
+        start=(low, high),
+        seeds=search.seeds,
+        resolution=search.resolution,
+        max_lam=search.max_lam,
+        error=search.error,
+        margin=search.margin,
+        slots=search.slots,
+        attempts=search.attempts,
+        state=state,
+    )
+
+
+def _prediction(config: SearchConfig, run: Config, slots: Slots) -> dict[str, Any]:
+    """As kept in the search's directory, else as given, else measured now on all seeds."""
+    file = run_directory(config) / "prediction.json"
+    if not file.exists():
+        if config.prediction is not None:
+            prediction = read_prediction(config)
+        else:
+            measured = slots.measure(
+                [
+                    with_values(run, {"seed": seed, "cliff.measure": True, "name": "measure"})
+                    for seed in config.search.seeds
+                ]
+            )
+            prediction = make_prediction(measured, run.clip)
+        replace_file(file, json.dumps(prediction, indent=2) + "\n")
+    prediction = read_json(file, str(file))
+    print_prediction({key: value for key, value in prediction.items() if key != "classes"})
+    return prediction
+
+
+def _warm_starts(config: SearchConfig, run: Config) -> dict[str, Any]:
+    """Makes what is not cached, before the slots hold the CPUs; hashes of models and data."""
+    seeded = [with_values(run, {"seed": seed}) for seed in config.search.seeds]
+    students = [model_hash(warm_start(config_of_seed, "student")) for config_of_seed in seeded]
+    return {
+        "data": dataset_hash(data_directory(config)),
+        "teacher": model_hash(warm_start(run, "teacher")),
+        "warm_start": sorted(set(students)),
+    }
+
+
+def _take_student(run: Config, bracket: Bracket, target: Path) -> None:
+    seed = bracket.student_seed
+    trial = trial_config(run, {"lam": bracket.recommended, "seed": seed})
+    partial = target.with_name("student.tmp")
+    for old in (partial, target):
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(run_directory(trial) / "student", partial)
+    partial.rename(target)
+
+
+def print_outcome(outcome: dict[str, Any], directory: Path) -> None:
+    low, high = outcome["low"], outcome["high"]
+    if high is None:
+        print(f"holds at every λ that was tried, up to {low:g}")
+    else:
+        print(
+            f"onset in ({low:g}, {high:g}] after {outcome['num_steps']} updates at c = "
+            f"{outcome['clip']:g}, confidence {outcome['confidence']:.3f} for these seeds"
+        )
+    student = outcome["student"]
+    print(
+        f"recommended λ = {outcome['recommended']:g}: strict parse {student['parse_rate']:.3f} "
+        f"(seed {student['seed']})"
+    )
+    print(f"{outcome['updates']} updates in {outcome['seconds'] / 60:.0f} min")
+    print(f"search: {directory}")
+
+
+def _check(config: SearchConfig) -> None:
+    search = config.search
+
+    def require(holds: bool, key: str, rule: str) -> None:
+        if not holds:
+            raise ListopdError(f"search.{key}: {rule}")
+
+    data_directory(config)
+    check_writable(run_directory(config))
+    require(search.slots >= 1, "slots", "must be ≥ 1")
+    require(search.attempts >= 1, "attempts", "must be ≥ 1")
+    require(search.patience >= 1, "patience", "must be ≥ 1")
+    require(search.rung >= 0, "rung", "must be ≥ 0")
+    distinct = len(set(search.seeds)) == len(search.seeds)
+    valid = bool(search.seeds) and min(search.seeds) >= 0 and distinct
+    require(valid, "seeds", "give at least one, each once and ≥ 0")
+    require(0 < search.resolution < math.inf, "resolution", "must be finite and > 0")
+    wide = math.isfinite(search.max_lam) and search.max_lam >= 1 + search.resolution
+    require(wide, "max_lam", "must be finite and at least 1 + search.resolution")
+    require(0 < search.error < 0.5, "error", "must lie in (0, 0.5)")
+    for key in ("collapsed", "margin"):
+        require(0 <= getattr(search, key) < 1, key, "must lie in [0, 1)")
+    if not math.isfinite(config.clip):
+        raise ListopdError("clip: a search needs a finite c")
+    if config.prediction is not None:
+        read_prediction(config)

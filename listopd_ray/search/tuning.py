@@ -1,0 +1,254 @@
+"""Ray Tune around the whole loop: trainable, searcher, stopper, and what gives slots back.
+
+A trial is a process without resources of its own: it leases a slot, runs the main loop in it and
+reports every update. The slot is given back here, in the driver, whatever became of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import defaultdict, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from listopd_ray.config import Config, run_directory, with_values
+from listopd_ray.job_config import SearchSection
+from listopd_ray.search.bracket import Bracket, Job
+from listopd_ray.search.judgement import Outcome
+from listopd_ray.slots import one_line, prepared_for
+from listopd_ray.tracking import evaluation_metrics, read_json
+
+PARSE_RATE = "contract/parse_rate"  # of the rollouts of an update
+TO_THE_END = "full"  # key of a trial's values: it is not to be stopped
+
+
+def trial_config(config: Config, values: dict[str, Any]) -> Config:
+    """The run of a trial; `values` by dotted key. Equal values have equal names, which continue."""
+    changes = {key: value for key, value in values.items() if key != TO_THE_END}
+    parts = [f"{key.rpartition('.')[2]}{_short(value)}" for key, value in sorted(changes.items())]
+    return with_values(config, changes | {"name": "-".join(parts)})
+
+
+def distil_trial(values: dict[str, Any], *, config: Config, keeper: Any) -> None:
+    """The trainable: one run with `values` in place of the configuration's, in a leased slot.
+
+    Every update is a report with the metrics' own names and the last evaluation's; the last report
+    has `finished`, and counts of the held-out evaluation.
+    """
+    from listopd_ray.job import distill
+
+    run = trial_config(config, values)
+    summary_file = run_directory(run) / "summary.json"
+    latest: dict[str, Any] = {}
+
+    def report(metrics: dict[str, float]) -> None:
+        latest.update(metrics)
+        tune.report(dict(latest))
+
+    if summary_file.exists():  # finished when the driver died
+        summary = read_json(summary_file, str(summary_file))
+    else:
+        prepared = prepared_for(run)
+        holder = tune.get_context().get_trial_id()
+        lease = ray.get(keeper.lease.remote(run, prepared.cluster_arguments(), holder))
+        summary = distill(run, prepared, lease, report)
+    student = summary["student"]
+    counts = {
+        "finished": True,
+        "parsed": student["parse_rate"] * student["num_prompts"],
+        "sampled": student["num_prompts"],
+        "train/step": summary["num_steps"],
+    }
+    report(evaluation_metrics(student) | counts)
+
+
+class BracketSearcher(Searcher):
+    """`Bracket` as a search algorithm of Tune."""
+
+    def __init__(
+        self, bracket: Bracket, search: SearchSection, num_rollouts: int, save: Callable[[], None]
+    ) -> None:
+        """`num_rollouts` of an update; `save` keeps the bracket's state."""
+        super().__init__(metric="train/step", mode="max")  # Tune wants one that all reports have
+        self._bracket = bracket
+        self._slots = search.slots
+        self._num_rollouts = num_rollouts
+        self._save = save
+        self._live: dict[str, Job] = {}
+        self._reported: dict[str, list[int]] = defaultdict(list)  # steps, by trial
+        self.stopper = CollapseStopper(search, self._is_idle)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if len(self._live) >= self._slots:
+            return None
+        job = self._bracket.next_job()
+        if job is None:
+            assert self._live or self._bracket.done or self._bracket.given_up
+            return None if self._live else Searcher.FINISHED
+        self._save()
+        self._live[trial_id] = job
+        return {"lam": job.lam, "seed": job.seed, TO_THE_END: job.full}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if "finished" not in result:
+            self._reported[trial_id].append(int(result["train/step"]))
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Trials are known by what they run, not by their ids: one that comes again counts once."""
+        job = self._live.pop(trial_id, None)
+        steps = self._reported.pop(trial_id, [])
+        if job is None and result is not None:
+            values = result["config"]
+            job = Job(values["lam"], values["seed"], values[TO_THE_END])
+        if job is None:
+            return
+        outcome = self._outcome(trial_id, job, result, steps) if result and not error else None
+        if outcome is None:
+            self._bracket.fail(job.lam, job.seed)
+        else:
+            self._bracket.record(outcome)
+        self._save()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # for the pickles that Tune writes and nobody reads
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).write_text(json.dumps(self._bracket.state()), encoding="utf-8")
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search continues from its own search.json")
+
+    def _outcome(
+        self, trial_id: str, job: Job, result: dict[str, Any], steps: list[int]
+    ) -> Outcome | None:
+        """None where the trial ended without counts that can be trusted."""
+        if result.get("finished"):
+            kind, parsed, sampled = "finished", result["parsed"], result["sampled"]
+        else:
+            kind = "collapsed" if trial_id in self.stopper.collapsed else "cancelled"
+            parsed, sampled = result.get(PARSE_RATE, 0.0) * self._num_rollouts, self._num_rollouts
+        if not 0 <= parsed <= sampled:  # NaN too
+            return None
+        return Outcome(
+            lam=job.lam,
+            seed=job.seed,
+            kind=kind,  # type: ignore[arg-type]
+            parsed=round(parsed),
+            sampled=sampled,
+            step=int(result["train/step"]),
+            updates=sum(step > 0 for step in steps),
+        )
+
+    def _is_idle(self, trial_id: str) -> bool:
+        job = self._live.get(trial_id)
+        return job is not None and not self._bracket.needs(job.lam, job.seed)
+
+
+class CollapseStopper(tune.Stopper):
+    """Stops trials whose outputs have collapsed, but for those that are to run to their end, and
+    trials for which `is_idle` says that nobody waits for them."""
+
+    def __init__(
+        self, search: SearchSection, is_idle: Callable[[str], bool] = lambda trial_id: False
+    ) -> None:
+        self._search = search
+        self._is_idle = is_idle
+        self._last: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=search.patience))
+        self.collapsed: set[str] = set()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        if result.get("finished"):
+            return False
+        if PARSE_RATE not in result:  # the evaluation before the first update
+            return self._is_idle(trial_id)
+        last = self._last[trial_id]
+        last.append(result[PARSE_RATE])
+        is_low = len(last) == self._search.patience and max(last) < self._search.collapsed
+        past_rung = result["train/step"] >= self._search.rung
+        if is_low and past_rung and not result["config"].get(TO_THE_END):
+            self.collapsed.add(trial_id)
+            return True
+        return self._is_idle(trial_id)
+
+    def stop_all(self) -> bool:
+        return False
+
+
+class GiveBack(tune.Callback):
+    """Gives a trial's slot back when it has ended, with the engines if the trial did not fail."""
+
+    def __init__(self, keeper: Any, show: Callable[[str, dict[str, Any]], None]) -> None:
+        """`show` takes "result", "complete" or "error" with a trial's last result."""
+        self._keeper = keeper
+        self._show = show
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as BracketSearcher
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._show("result", result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        ray.get(self._keeper.release.remote(trial.trial_id, sound=True))
+        self._show("complete", {"config": trial.config} | trial.last_result)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        ray.get(self._keeper.release.remote(trial.trial_id, sound=False))
+        error = trial.get_pickled_error()
+        why = "its process died" if error is None else one_line(error)
+        self._show("error", {"config": trial.config, "error": why})
+
+
+def run_tune(
+    config: Config,
+    keeper: Any,
+    *,
+    searcher: Any,
+    stopper: tune.Stopper,
+    slots: int,
+    show: Callable[[str, dict[str, Any]], None],
+    space: dict[str, Any] | None = None,
+    **options: Any,
+) -> tune.ResultGrid:
+    """Trials of `config` as `searcher` asks for them, `slots` at once; `options` of TuneConfig."""
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths are the driver's
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the command: it can go on later
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which `verbose=0` does not silence
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # a run writes its own metrics
+    trainable = tune.with_parameters(distil_trial, config=config, keeper=keeper)
+    with tempfile.TemporaryDirectory(prefix="listopd-tune-") as scratch:
+        tuner = tune.Tuner(
+            # Tune wants something reserved, and the slots may hold every CPU.
+            tune.with_resources(trainable, tune.PlacementGroupFactory([{"memory": 1 << 20}])),
+            param_space=space or {},
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=options.pop("num_samples", -1),
+                max_concurrent_trials=slots,
+                reuse_actors=True,
+                **options,
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=scratch,
+                stop=stopper,
+                verbose=0,
+                callbacks=[GiveBack(keeper, show)],
+            ),
+        )
+        return tuner.fit()
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
