@@ -133,9 +133,9 @@ COMMANDS = {
         "find the interval of λ in which the output contract starts to break",
         SearchConfig,
         _search,
-        details="Writes <out>/<name>/bracket.json and the student of the recommended λ. Starts\nfrom "
-        "prediction=FILE of `listopd calibrate`, or from what it measures itself.\n"
-        "The same command again continues.",
+        details="Writes <out>/<name>/bracket.json and the student of the recommended λ. It starts\n"
+        "from prediction=FILE of `listopd calibrate`, or from what it measures itself; the same\n"
+        "command again continues. With search.algorithm=grid or optuna: trials over any keys.",
     ),
     "evaluate": Command(
         "judge a checkpoint on held-out prompts, sampled and greedy",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from listopd_ray.config import Config
 
@@ -62,6 +62,12 @@ class SearchSection:
     patience: int = 5  # updates in a row
     attempts: int = 3  # of a trial that fails, before the search ends
     margin: float = 0.2  # share of low − 1 that the recommended λ stays below low
+    # Other searches, over any keys: {lr: {loguniform: [1e-4, 1e-2]}, lam: {choice: [1.0, 1.2]}}.
+    algorithm: Literal["bracket", "grid", "optuna"] = "bracket"  # bracket | grid | optuna
+    space: dict[str, Any] = field(default_factory=dict)  # key → {distribution: [its arguments]}
+    num_samples: int = 1  # draws from the space; of a grid, how often it is repeated
+    metric: str = "eval/ndcg_at_k_all"  # to maximise: any that every update logs, or of evaluations
+    asha: bool = False  # stop trials early that are worse than others at the same update
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,8 @@ class SlotKeeper:
         arguments = dict(arguments)
         pool = self._shared_teachers(config, arguments.pop("teacher_path"))
         fixed = {name: value for name, value in arguments.items() if name != "student_path"}
-        wanted = (fixed, config.rollout, config.learner, config.sync, config.device)
+        learner = (config.learner.num_cpus, config.learner.num_gpus, config.learner.dtype)
+        wanted = (fixed, config.rollout, learner, config.sync, config.device)
         with self._changed:
             if not self._changed.wait_for(lambda: self._free(), timeout=START_TIMEOUT_S):
                 raise ListopdError(f"no slot came free in {START_TIMEOUT_S:g} s")

@@ -126,8 +126,7 @@ class Run:
     def num_rollbacks(self) -> int:
         """How many this run has behind it."""
         file = self.directory / "events.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        return sum(json.loads(line)["action"] == "rollback" for line in lines)
+        return sum(event["action"] == "rollback" for event in read_jsonl(file))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics after `step` updates: a line of metrics.jsonl and a W&B row."""
@@ -153,8 +152,8 @@ class Run:
 
     def mean(self, metric: str) -> float:
         """Of all steps that logged it."""
-        lines = (self.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        values = [row[metric] for row in map(json.loads, lines) if metric in row]
+        rows = read_jsonl(self.directory / "metrics.jsonl")
+        values = [row[metric] for row in rows if metric in row]
         return sum(values) / len(values)
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -257,6 +256,14 @@ def read_json(file: Path, what: str) -> Any:
         raise ListopdError(f"{what}: {error.strerror}") from None
     except ValueError:
         raise ListopdError(f"{what}: not JSON") from None
+
+
+def read_jsonl(file: Path) -> list[Any]:
+    """Its rows, less one that a crash cut short; none where there is no file."""
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def replace_file(file: Path, text: str) -> None:

@@ -24,6 +24,7 @@ from listopd_ray.job_config import SearchConfig
 from listopd_ray.models import model_hash
 from listopd_ray.search.bracket import Bracket
 from listopd_ray.search.report import Display, draw_bracket, outcome_json
+from listopd_ray.search.space import check_space, run_space, seeds_of_space
 from listopd_ray.search.tuning import BracketSearcher, run_tune, trial_config
 from listopd_ray.slots import Slots
 from listopd_ray.splits import data_directory
@@ -48,6 +49,8 @@ def search_job(config: SearchConfig) -> None:
     with ray_session():
         hashes = _warm_starts(config, run)
         with Slots(run, config.search.slots) as slots:
+            if config.search.algorithm != "bracket":
+                return run_space(config, run, slots)
             prediction = _prediction(config, run, slots)
             state = _read_state(directory, hashes)
             bracket = _bracket(config, prediction, state)
@@ -147,7 +150,10 @@ def _prediction(config: SearchConfig, run: Config, slots: Slots) -> dict[str, An
 
 def _warm_starts(config: SearchConfig, run: Config) -> dict[str, Any]:
     """Makes what is not cached, before the slots hold the CPUs; hashes of models and data."""
-    seeded = [with_values(run, {"seed": seed}) for seed in config.search.seeds]
+    seeds = config.search.seeds
+    if config.search.algorithm != "bracket":
+        seeds = seeds_of_space(config)
+    seeded = [with_values(run, {"seed": seed}) for seed in seeds]
     students = [model_hash(warm_start(config_of_seed, "student")) for config_of_seed in seeded]
     return {
         "data": dataset_hash(data_directory(config)),
@@ -206,6 +212,10 @@ def _check(config: SearchConfig) -> None:
     require(0 < search.error < 0.5, "error", "must lie in (0, 0.5)")
     for key in ("collapsed", "margin"):
         require(0 <= getattr(search, key) < 1, key, "must lie in [0, 1)")
+    require(search.num_samples >= 1, "num_samples", "must be ≥ 1")
+    if search.algorithm != "bracket":
+        return check_space(config)
+    require(not search.space, "space", "needs search.algorithm=grid or optuna")
     if not math.isfinite(config.clip):
         raise ListopdError("clip: a search needs a finite c")
     if config.prediction is not None:

@@ -23,7 +23,7 @@ from listopd_ray.job_config import SearchSection
 from listopd_ray.search.bracket import Bracket, Job
 from listopd_ray.search.judgement import Outcome
 from listopd_ray.slots import one_line, prepared_for
-from listopd_ray.tracking import evaluation_metrics, read_json
+from listopd_ray.tracking import evaluation_metrics, read_json, read_jsonl
 
 PARSE_RATE = "contract/parse_rate"  # of the rollouts of an update
 TO_THE_END = "full"  # key of a trial's values: it is not to be stopped
@@ -55,6 +55,8 @@ def distil_trial(values: dict[str, Any], *, config: Config, keeper: Any) -> None
     if summary_file.exists():  # finished when the driver died
         summary = read_json(summary_file, str(summary_file))
     else:
+        for row in read_jsonl(run_directory(run) / "metrics.jsonl"):  # of an interrupted trial
+            latest.update(row)
         prepared = prepared_for(run)
         holder = tune.get_context().get_trial_id()
         lease = ray.get(keeper.lease.remote(run, prepared.cluster_arguments(), holder))

@@ -1,0 +1,200 @@
+"""The same trials under Tune's own algorithms: grids, random draws, Optuna, ASHA, over any key.
+
+<out>/<name>/trials/…      one run each
+<out>/<name>/trials.jsonl  its values, what it reached, or the error that ended it
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import rich
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import BasicVariantGenerator
+from ray.tune.search.optuna import OptunaSearch
+from rich.table import Table
+
+from listopd_ray.config import Config, run_directory, with_values
+from listopd_ray.job_config import SearchConfig
+from listopd_ray.search.tuning import CollapseStopper, run_tune
+from listopd_ray.slots import Slots
+from listopd_ray.tracking import read_jsonl, replace_file
+from listopd_ray.types import ListopdError
+
+DOMAINS = ("grid_search", "choice", "uniform", "loguniform", "quniform", "randint")
+# What trials share, or what the search sets itself.
+FIXED = (
+    *("name", "out", "cache", "device", "prediction", "tracking", "demo_seeds"),
+    *("data", "task", "tokenizer", "student", "teacher", "base", "warmstart_workers"),
+    *("rollout", "scoring"),
+)
+
+
+class Trials:
+    """The rows of trials.jsonl, those of earlier sittings included."""
+
+    def __init__(self, file: Path, keys: list[str], metric: str) -> None:
+        self._file, self._keys, self._metric = file, keys, metric
+        self._rows = {row["name"]: row for row in read_jsonl(file)}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Best first; those that failed at the end."""
+        worst = float("-inf")
+        return sorted(self._rows.values(), key=lambda row: -row.get(self._metric, worst))
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        return [row for row in self._rows.values() if "error" in row]
+
+    @property
+    def finished(self) -> list[dict[str, Any]]:
+        return [row for row in self._rows.values() if "error" not in row]
+
+    def show(self, event: str, result: Mapping[str, Any]) -> None:
+        """What `GiveBack` sees of a trial."""
+        if event == "result":
+            return
+        values = {key: result["config"][key] for key in self._keys}
+        name = ", ".join(f"{key} = {_text(value)}" for key, value in values.items())
+        row = {"name": name, **values}
+        if event == "error":
+            row["error"] = result["error"]
+            print(f"{name}: failed: {result['error']}", file=sys.stderr)
+        else:
+            row["updates"] = result["train/step"]
+            row["finished"] = bool(result.get("finished"))
+            row["parse_rate"] = (
+                result["parsed"] / result["sampled"]
+                if row["finished"]
+                else result.get("contract/parse_rate", 0.0)
+            )
+            row[self._metric] = result[self._metric]
+            end = "" if row["finished"] else f", stopped at update {row['updates']}"
+            print(f"{name}: {self._metric} {row[self._metric]:.3f}{end}", flush=True)
+        self._rows[name] = row
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows.values())
+        replace_file(self._file, "".join(lines))
+
+
+def run_space(config: SearchConfig, run: Config, slots: Slots) -> None:
+    """Run the trials of `search.space` that are missing, then show all."""
+    search = config.search
+    directory = run_directory(config)
+    keys = sorted(search.space)
+    trials = Trials(directory / "trials.jsonl", keys, search.metric)
+    space = {key: _domain(key, spec) for key, spec in search.space.items()}
+    options: dict[str, Any] = {"metric": search.metric, "mode": "max"}
+    if search.asha:
+        options["scheduler"] = ASHAScheduler(
+            time_attr="train/step",
+            grace_period=max(1, search.rung),
+            max_t=config.num_steps,
+            reduction_factor=2,
+        )
+    if search.algorithm == "optuna":
+        done = [{key: row[key] for key in keys} for row in trials.finished]
+        rewards = [row[search.metric] for row in trials.finished]
+        options["num_samples"] = search.num_samples - len(done)
+        known = dict(points_to_evaluate=done, evaluated_rewards=rewards) if done else {}
+        metric = dict(metric=search.metric, mode="max")
+        searcher: Any = OptunaSearch(space=space, seed=config.seed, **metric, **known)
+        space = {}
+    else:
+        options["num_samples"] = search.num_samples
+        random.seed(config.seed)
+        searcher = BasicVariantGenerator(random_state=config.seed, max_concurrent=search.slots)
+    if options["num_samples"] > 0:
+        stopper = CollapseStopper(search)
+        run_tune(
+            run,
+            slots.keeper,
+            searcher=searcher,
+            stopper=stopper,
+            slots=search.slots,
+            show=trials.show,
+            space=space,
+            **options,
+        )
+    rich.print(_table(config, trials.rows))
+    print(f"search: {directory}")
+    if trials.failed:
+        raise ListopdError(
+            f"{len(trials.failed)} trials failed, the first ({trials.failed[0]['name']}): "
+            f"{trials.failed[0]['error']}; the same command again repeats them"
+        )
+
+
+def check_space(config: SearchConfig) -> None:
+    """Raises ListopdError for a key that trials share or that does not exist, and for a domain that
+    is none."""
+    search = config.search
+    if not search.space:
+        raise ListopdError(f"search.space: search.algorithm={search.algorithm} needs one")
+    for key, spec in search.space.items():
+        if key.split(".")[0] in FIXED:
+            raise ListopdError(f"search.space.{key}: trials share it")
+        domain = _domain(key, spec)
+        is_grid = isinstance(domain, dict)
+        if is_grid and search.algorithm == "optuna":
+            raise ListopdError(f"search.space.{key}: optuna takes choice, not grid_search")
+        values = domain["grid_search"] if is_grid else [domain.sample()]
+        for value in values:
+            try:
+                with_values(config, {key: value})
+            except ListopdError as error:
+                raise ListopdError(f"search.space.{key}: {error}") from None
+
+
+def seeds_of_space(config: SearchConfig) -> list[int]:
+    """Those that a trial may have; raises ListopdError where they cannot be listed."""
+    spec = config.search.space.get("seed")
+    if spec is None:
+        return [config.seed]
+    name, values = next(iter(spec.items()))
+    if name not in ("choice", "grid_search"):
+        raise ListopdError("search.space.seed: give choice or grid_search: warm starts come first")
+    return list(values)
+
+
+def _domain(key: str, spec: Any) -> Any:
+    """{uniform: [1, 2]} → tune.uniform(1, 2); choice and grid_search take the list itself."""
+    if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in DOMAINS:
+        raise ListopdError(
+            f"search.space.{key}: give one of {', '.join(DOMAINS)} with a list, not {spec}"
+        )
+    name, arguments = next(iter(spec.items()))
+    if not isinstance(arguments, list) or not arguments:
+        raise ListopdError(f"search.space.{key}.{name}: give a list, not {arguments}")
+    whole = name in ("choice", "grid_search")
+    try:
+        return getattr(tune, name)(*([arguments] if whole else arguments))
+    except (TypeError, ValueError) as error:
+        raise ListopdError(f"search.space.{key}.{name}: {error}") from None
+
+
+def _table(config: SearchConfig, rows: list[dict[str, Any]]) -> Table:
+    metric = config.search.metric
+    table = Table(title=f"{config.name}: {len(rows)} trials, best first")
+    keys = sorted(config.search.space)
+    for column in (*keys, metric, "strict parse", "updates", ""):
+        table.add_column(column, justify="right")
+    for row in rows:
+        values = [_text(row[key]) for key in keys]
+        if "error" in row:
+            table.add_row(*values, "", "", "", "failed")
+            continue
+        end = "" if row["finished"] else "stopped early"
+        numbers = (f"{row[metric]:.3f}", f"{row['parse_rate']:.3f}", f"{row['updates']}")
+        table.add_row(*values, *numbers, end)
+    return table
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
