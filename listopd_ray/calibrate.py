@@ -170,8 +170,10 @@ def print_prediction(prediction: dict[str, Any]) -> None:
 
 
 def _interval(prediction: dict[str, Any], key: str) -> str:
-    """An edge that JSON has as null is infinite."""
+    """An edge that JSON has as null is infinite; without both there is no interval."""
     edges = (prediction[f"{key}_low"], prediction[f"{key}_high"])
+    if edges == (None, None):
+        return ""
     return "[{}, {}]".format(*("∞" if edge is None else f"{edge:.3f}" for edge in edges))
 
 

@@ -60,9 +60,9 @@ class Bracket:
         self._first_high = min(max(high, self._first_low + HALVES), self._top)
         self.asked: list[float] = list(state["asked"]) if state else []
         outcomes = [Outcome(**trial) for trial in state["trials"]] if state else []
-        self.outcomes = {(o.lam, o.seed): o for o in outcomes}  # in the order they ended
+        self.outcomes = {(o.lam, o.seed): o for o in outcomes}  # in the order they first ended
         self._failures: Counter[tuple[float, int]] = Counter()
-        self._running: dict[tuple[float, int], Job] = {}
+        self._running: set[tuple[float, int]] = set()
 
     def state(self) -> dict[str, Any]:
         """All that a restarted search needs, as JSON."""
@@ -72,30 +72,22 @@ class Bracket:
         """A trial to start now. None: `done`, given up, or to be asked again once one has ended."""
         job = None if self.given_up else self._next_job()
         if job is not None:
-            self._running[job.lam, job.seed] = job
+            self._running.add((job.lam, job.seed))
         return job
 
     def record(self, outcome: Outcome) -> None:
         """What became of a trial; what it spent before is added."""
         key = (outcome.lam, outcome.seed)
-        self._running.pop(key, None)
-        before = self.outcomes.pop(key, None)
+        self._running.discard(key)
+        before = self.outcomes.get(key)
         if before is not None:
             outcome = replace(outcome, updates=outcome.updates + before.updates)
         self.outcomes[key] = outcome
 
     def fail(self, lam: float, seed: int) -> None:
         """A trial ended without a result: it is asked for again."""
-        self._running.pop((lam, seed), None)
+        self._running.discard((lam, seed))
         self._failures[lam, seed] += 1
-
-    def needs(self, lam: float, seed: int) -> bool:
-        """Whether a running trial can still change anything."""
-        job = self._running.get((lam, seed))
-        verdict = self.verdict(lam) if lam in self.asked else None
-        if job is None or verdict is None:
-            return True
-        return job.full and (not verdict.full or lam == self.recommended)
 
     @property
     def given_up(self) -> bool:
@@ -165,36 +157,57 @@ class Bracket:
         return self._last_job()
 
     def _job_of(self, lams: Sequence[float]) -> Job | None:
-        """The next trial of some undecided λ, seed by seed."""
+        """The next trial of some undecided λ, seed by seed; none that may turn out superfluous."""
+        short = [lam for lam in lams if self._num_running(lam) < self._least(lam, full=False)]
         for seed in self._seeds:
-            for lam in lams:
+            for lam in short:
                 if self._is_free(lam, seed, full=False):
                     return Job(lam, seed, full=False)
-        if self._running or not self._floor():
-            return None
-        # All have been run and yet it is too close to call: what was stopped is run to its end.
-        pairs = [(lam, seed) for lam in lams for seed in self._seeds]
-        return next(Job(lam, seed, True) for lam, seed in pairs if self._is_free(lam, seed, True))
+        # All seeds have run and yet it is too close to call: what was stopped is run to its end.
+        pairs = [(lam, seed) for lam in short for seed in self._seeds]
+        return next((Job(*pair, True) for pair in pairs if self._is_free(*pair, full=True)), None)
 
     def _last_job(self) -> Job | None:
         """The bracket is closed: what its upper end lacks at the full budget, then the student."""
-        if self.high is not None:
-            verdict = self.verdict(self.high)
-            if verdict is not None and not verdict.full:
-                free = (s for s in self._seeds if self._is_free(self.high, s, full=True))
-                seed = next(free, None)
-                return None if seed is None else Job(self.high, seed, full=True)
-        if self._is_free(self.recommended, self._seeds[0], full=True):
-            return Job(self.recommended, self._seeds[0], full=True)
+        lam = self.high
+        verdict = None if lam is None else self.verdict(lam)
+        if lam is not None and verdict is not None and not verdict.full:
+            if self._num_running(lam) >= self._least(lam, full=True):
+                return None
+            return next(Job(lam, s, True) for s in self._seeds if self._is_free(lam, s, full=True))
+        if self._is_free(self.recommended, self.student_seed, full=True):
+            return Job(self.recommended, self.student_seed, full=True)
         return None
 
-    def _is_free(self, lam: float, seed: int, full: bool) -> bool:
-        """Neither running nor run; to the end, if `full`."""
+    def _least(self, lam: float, *, full: bool) -> int:
+        """How many trials a verdict on λ takes at the least, those that run included: if they all
+        parse nothing, or all as at λ = 1."""
+        floor = self._floor()
+        if not floor:
+            return len(self._seeds) // 2 + 1
+        seen = [self.outcomes.get((lam, seed)) for seed in self._seeds]
+        missing = [n for n, seed in enumerate(self._seeds) if not self._has_run(lam, seed, full)]
+        for number in range(1, len(missing)):
+            for share in (0, 1):
+                guess = list(seen)
+                for n in missing[:number]:
+                    guess[n] = replace(floor[n], parsed=share * floor[n].parsed)
+                verdict = judge(guess, floor, self._error)
+                if verdict is not None and (verdict.full or not full):
+                    return number
+        return max(1, len(missing))
+
+    def _num_running(self, lam: float) -> int:
+        return sum(running == lam for running, _ in self._running)
+
+    def _has_run(self, lam: float, seed: int, full: bool) -> bool:
+        """To the end, if `full`."""
         outcome = self.outcomes.get((lam, seed))
-        has_run = outcome is not None and outcome.kind in (
-            ("finished",) if full else ("finished", "collapsed")
-        )
-        return not has_run and (lam, seed) not in self._running
+        return outcome is not None and (outcome.kind == "finished" or not full)
+
+    def _is_free(self, lam: float, seed: int, *, full: bool) -> bool:
+        """Neither running nor run."""
+        return not self._has_run(lam, seed, full) and (lam, seed) not in self._running
 
     def _ask(self, places: Sequence[int]) -> list[float]:
         lams = [self._lam(place) for place in places]
@@ -206,7 +219,7 @@ class Bracket:
         return [place for place in places if place > 0][: self._lams_at_once]
 
     def _next_places(self) -> list[int]:
-        """Where to look next: at the predicted interval's ends; beyond, in steps that double; then
+        """Where to look next: at the predicted interval's ends; beyond, in growing steps; then
         between what holds and what breaks. Half a step beside what is too close to call. Empty: the
         bracket is closed."""
         judged = {self._place(lam) for lam in self.asked}
@@ -220,12 +233,12 @@ class Bracket:
         if high is None:
             first = [p for p in (self._first_low, self._first_high) if p > low]
             widened = sum(place > self._first_high for place in judged)
-            start, step = max(low, self._first_high), width * 2**widened
-            farther = [min(start + step * (2**n - 1), self._top) for n in range(1, at_once + 1)]
+            start = max(low, self._first_high)
+            farther = [min(start + step, self._top) for step in _steps(width, widened, at_once)]
             return sorted({*first, *farther} - {low})[:at_once]
         if low == 0 and min(judged) == high:
             widened = sum(place < self._first_low for place in judged)
-            farther = [high - width * 2**widened * (2**n - 1) for n in range(1, at_once + 1)]
+            farther = [high - step for step in _steps(width, widened, at_once)]
             if below := [place for place in farther if place > 0]:
                 return sorted(below)
         steps = (high - low) // HALVES
@@ -253,3 +266,8 @@ class Bracket:
 
     def _place(self, lam: float) -> int:
         return round(HALVES * (lam - 1) / self._resolution)
+
+
+def _steps(width: int, number: int, count: int) -> list[int]:
+    """How far the next `count` λ lie from the last: steps that grow fourfold, `number` gone."""
+    return [sum(width * 4 ** (number + m) for m in range(n)) for n in range(1, count + 1)]

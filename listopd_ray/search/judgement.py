@@ -24,8 +24,8 @@ class Outcome:
     lam: float
     seed: int
     # finished: at the full budget, on held-out prompts. collapsed: stopped early, on the rollouts
-    # of the last update. cancelled: stopped since its λ was decided; says nothing.
-    kind: Literal["finished", "collapsed", "cancelled"]
+    # of the last update.
+    kind: Literal["finished", "collapsed"]
     parsed: int  # outputs that parse strictly
     sampled: int  # of so many
     step: int  # updates completed
@@ -67,7 +67,7 @@ def _judge(
     lowest, highest = 0.0, float(num_seeds)  # what the parse rates can sum to
     full = True
     for number, outcome in enumerate(seen, start=1):
-        if outcome is None or outcome.kind == "cancelled":
+        if outcome is None:
             return None
         if outcome.kind == "finished":
             lowest += rate(outcome)

@@ -87,10 +87,9 @@ class Display:
         lams = {lam for lam, _ in (*self._bracket.outcomes, *self._running)}
         for lam in sorted(lams):
             seen = [o for (at, _), o in self._bracket.outcomes.items() if at == lam]
-            counted = [outcome for outcome in seen if outcome.kind != "cancelled"]
-            mean = f"{fmean(map(rate, counted)):.3f}" if counted else ""
+            mean = f"{fmean(map(rate, seen)):.3f}" if seen else ""
             running = "  ".join(text for (at, _), text in self._running.items() if at == lam)
-            row = (f"{lam:g}", f"{len(counted)}", mean, running, self._verdict_text(lam))
+            row = (f"{lam:g}", f"{len(seen)}", mean, running, self._verdict_text(lam))
             table.add_row(*row)
         return table
 
@@ -202,31 +201,26 @@ def draw_bracket(outcome: Mapping[str, Any], file: Path) -> None:
         axes.axhline(star, color=ORANGE, ls="--", lw=1.4, label=f"λ*: {predicted['kind']}")
         if low is not None and high is not None:
             axes.axhspan(low, high, color=ORANGE, alpha=0.18, lw=0)
-    for kind, marker, fill in (
-        ("finished", "o", True),
-        ("collapsed", "v", True),
-        ("cancelled", "x", False),
-    ):
-        chosen = [(n, t) for n, t in enumerate(trials, start=1) if t["verdict"] == kind]
-        if not chosen:
-            continue
-        parses = [t["parsed"] / t["sampled"] >= outcome["floor"] for _, t in chosen]
-        colours = [BLUE if parsed else RED for parsed in parses]
-        where = [n for n, _ in chosen], [t["lam"] for _, t in chosen]
-        label = {
-            "finished": "finished",
-            "collapsed": "collapsed, stopped early",
-            "cancelled": "no longer needed",
-        }[kind]
-        points = axes.scatter(
-            *where, c=colours if fill else "#666666", marker=marker, s=26, zorder=3
-        )
-        points.set_label(label)
+    groups: dict[str, tuple[str, str, list[tuple[int, float]]]] = {
+        "above the floor": (BLUE, "o", []),
+        "below": (RED, "o", []),
+        "collapsed, stopped early": (RED, "v", []),
+    }
+    for number, trial in enumerate(trials, start=1):
+        if trial["verdict"] == "collapsed":
+            label = "collapsed, stopped early"
+        else:
+            passes = trial["parsed"] >= outcome["floor"] * trial["sampled"]
+            label = "above the floor" if passes else "below"
+        groups[label][2].append((number, trial["lam"]))
+    for label, (colour, marker, points) in groups.items():
+        if points:
+            axes.scatter(*zip(*points, strict=True), c=colour, marker=marker, s=26, label=label)
     axes.set(
         xlabel="trials in the order they ended",
         ylabel="λ",
         ylim=(0.97, top),
-        title=f"c = {outcome['clip']:g}, {outcome['num_steps']} updates (red: below the floor)",
+        title=f"c = {outcome['clip']:g}, {outcome['num_steps']} updates, one point a trial",
     )
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(file, metadata={"Date": None})

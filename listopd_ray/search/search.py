@@ -25,7 +25,7 @@ from listopd_ray.models import model_hash
 from listopd_ray.search.bracket import Bracket
 from listopd_ray.search.report import Display, draw_bracket, outcome_json
 from listopd_ray.search.space import check_space, run_space, seeds_of_space
-from listopd_ray.search.tuning import BracketSearcher, run_tune, trial_config
+from listopd_ray.search.tuning import BracketSearcher, CollapseStopper, run_tune, trial_config
 from listopd_ray.slots import Slots
 from listopd_ray.splits import data_directory
 from listopd_ray.steering import read_prediction
@@ -51,7 +51,7 @@ def search_job(config: SearchConfig) -> None:
         with Slots(run, config.search.slots) as slots:
             if config.search.algorithm != "bracket":
                 return run_space(config, run, slots)
-            prediction = _prediction(config, run, slots)
+            prediction = _prediction(config, run, slots, hashes)
             state = _read_state(directory, hashes)
             bracket = _bracket(config, prediction, state)
             if not bracket.done:
@@ -84,8 +84,14 @@ def _run_trials(
 
     searcher = BracketSearcher(bracket, config.search, run.num_prompts * run.group_size, save)
     with Display(bracket, prediction, config) as display:
-        options = dict(searcher=searcher, stopper=searcher.stopper, slots=config.search.slots)
-        run_tune(run, slots.keeper, show=display.show, **options)  # type: ignore[arg-type]
+        run_tune(
+            run,
+            slots.keeper,
+            searcher=searcher,
+            stopper=CollapseStopper(config.search),
+            slots=config.search.slots,
+            show=display.show,
+        )
     seconds = ray.get(slots.keeper.seconds.remote())
     for kind, values in seconds.items():
         state["slots"][kind] += values
@@ -128,12 +134,14 @@ def _bracket(config: SearchConfig, prediction: dict[str, Any], state: dict[str, 
     )
 
 
-def _prediction(config: SearchConfig, run: Config, slots: Slots) -> dict[str, Any]:
+def _prediction(
+    config: SearchConfig, run: Config, slots: Slots, hashes: dict[str, Any]
+) -> dict[str, Any]:
     """As kept in the search's directory, else as given, else measured now on all seeds."""
     file = run_directory(config) / "prediction.json"
     if not file.exists():
         if config.prediction is not None:
-            prediction = read_prediction(config)
+            prediction = _given(config, hashes)
         else:
             measured = slots.measure(
                 [
@@ -146,6 +154,16 @@ def _prediction(config: SearchConfig, run: Config, slots: Slots) -> dict[str, An
     prediction = read_json(file, str(file))
     print_prediction({key: value for key, value in prediction.items() if key != "classes"})
     return prediction
+
+
+def _given(config: SearchConfig, hashes: dict[str, Any]) -> dict[str, Any]:
+    """The prediction to start from: of the same data and teacher; other warm starts are near."""
+    prediction = read_prediction(config)
+    made_for = prediction.get("hashes", {})
+    for name in ("data", "teacher"):
+        if name in made_for and hashes[name] not in made_for[name]:
+            raise ListopdError(f"prediction: {config.prediction}: was made for another {name}")
+    return {"kind": "given", "lambda_star_low": None, "lambda_star_high": None} | prediction
 
 
 def _warm_starts(config: SearchConfig, run: Config) -> dict[str, Any]:

@@ -7,6 +7,7 @@ reports every update. The slot is given back here, in the driver, whatever becam
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections import defaultdict, deque
@@ -85,7 +86,6 @@ class BracketSearcher(Searcher):
         self._save = save
         self._live: dict[str, Job] = {}
         self._reported: dict[str, list[int]] = defaultdict(list)  # steps, by trial
-        self.stopper = CollapseStopper(search, self._is_idle)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if len(self._live) >= self._slots:
@@ -113,7 +113,7 @@ class BracketSearcher(Searcher):
             job = Job(values["lam"], values["seed"], values[TO_THE_END])
         if job is None:
             return
-        outcome = self._outcome(trial_id, job, result, steps) if result and not error else None
+        outcome = self._outcome(job, result, steps) if result and not error else None
         if outcome is None:
             self._bracket.fail(job.lam, job.seed)
         else:
@@ -129,15 +129,13 @@ class BracketSearcher(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a search continues from its own search.json")
 
-    def _outcome(
-        self, trial_id: str, job: Job, result: dict[str, Any], steps: list[int]
-    ) -> Outcome | None:
+    def _outcome(self, job: Job, result: dict[str, Any], steps: list[int]) -> Outcome | None:
         """None where the trial ended without counts that can be trusted."""
         if result.get("finished"):
             kind, parsed, sampled = "finished", result["parsed"], result["sampled"]
         else:
-            kind = "collapsed" if trial_id in self.stopper.collapsed else "cancelled"
-            parsed, sampled = result.get(PARSE_RATE, 0.0) * self._num_rollouts, self._num_rollouts
+            kind, sampled = "collapsed", self._num_rollouts
+            parsed = result[PARSE_RATE] * sampled
         if not 0 <= parsed <= sampled:  # NaN too
             return None
         return Outcome(
@@ -150,36 +148,24 @@ class BracketSearcher(Searcher):
             updates=sum(step > 0 for step in steps),
         )
 
-    def _is_idle(self, trial_id: str) -> bool:
-        job = self._live.get(trial_id)
-        return job is not None and not self._bracket.needs(job.lam, job.seed)
-
 
 class CollapseStopper(tune.Stopper):
-    """Stops trials whose outputs have collapsed, but for those that are to run to their end, and
-    trials for which `is_idle` says that nobody waits for them."""
+    """Stops trials whose outputs have collapsed, but for those that are to run to their end."""
 
-    def __init__(
-        self, search: SearchSection, is_idle: Callable[[str], bool] = lambda trial_id: False
-    ) -> None:
+    def __init__(self, search: SearchSection) -> None:
         self._search = search
-        self._is_idle = is_idle
         self._last: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=search.patience))
-        self.collapsed: set[str] = set()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        if result.get("finished"):
+        if PARSE_RATE not in result or result.get(
+            "finished"
+        ):  # before the first update, at the end
             return False
-        if PARSE_RATE not in result:  # the evaluation before the first update
-            return self._is_idle(trial_id)
         last = self._last[trial_id]
         last.append(result[PARSE_RATE])
         is_low = len(last) == self._search.patience and max(last) < self._search.collapsed
         past_rung = result["train/step"] >= self._search.rung
-        if is_low and past_rung and not result["config"].get(TO_THE_END):
-            self.collapsed.add(trial_id)
-            return True
-        return self._is_idle(trial_id)
+        return is_low and past_rung and not result["config"].get(TO_THE_END)
 
     def stop_all(self) -> bool:
         return False
@@ -222,11 +208,12 @@ def run_tune(
     show: Callable[[str, dict[str, Any]], None],
     space: dict[str, Any] | None = None,
     **options: Any,
-) -> tune.ResultGrid:
+) -> None:
     """Trials of `config` as `searcher` asks for them, `slots` at once; `options` of TuneConfig."""
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths are the driver's
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the command: it can go on later
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which `verbose=0` does not silence
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # nor this: `show` says what fails
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # a run writes its own metrics
     trainable = tune.with_parameters(distil_trial, config=config, keeper=keeper)
     with tempfile.TemporaryDirectory(prefix="listopd-tune-") as scratch:
@@ -249,7 +236,7 @@ def run_tune(
                 callbacks=[GiveBack(keeper, show)],
             ),
         )
-        return tuner.fit()
+        tuner.fit()
 
 
 def _short(value: Any) -> str:
