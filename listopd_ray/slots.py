@@ -201,7 +201,7 @@ class Runner:
         try:
             return number, self._in_slot(distill, config)
         except (ListopdError, ray.exceptions.RayError) as error:
-            return number, {"error": one_line(error)}
+            return number, {"error": _one_line(error)}
 
     def measure(self, config: Config) -> Any:
         from listopd_ray.calibrate import measure_run
@@ -234,7 +234,7 @@ def prepared_for(config: Config) -> Prepared:
     return _last[1]
 
 
-def one_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """What an error that came through Ray says in the end."""
     lines = str(getattr(error, "cause", error)).strip().splitlines()
     return lines[-1] if lines else type(error).__name__

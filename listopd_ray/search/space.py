@@ -137,6 +137,7 @@ def check_space(config: SearchConfig) -> None:
     search = config.search
     if not search.space:
         raise ListopdError(f"search.space: search.algorithm={search.algorithm} needs one")
+    seeds_of_space(config)
     for key, spec in search.space.items():
         if key.split(".")[0] in FIXED:
             raise ListopdError(f"search.space.{key}: trials share it")
@@ -157,6 +158,7 @@ def seeds_of_space(config: SearchConfig) -> list[int]:
     spec = config.search.space.get("seed")
     if spec is None:
         return [config.seed]
+    _domain("seed", spec)
     name, values = next(iter(spec.items()))
     if name not in ("choice", "grid_search"):
         raise ListopdError("search.space.seed: give choice or grid_search: warm starts come first")

@@ -23,7 +23,7 @@ from listopd_ray.config import Config, run_directory, with_values
 from listopd_ray.job_config import SearchSection
 from listopd_ray.search.bracket import Bracket, Job
 from listopd_ray.search.judgement import Outcome
-from listopd_ray.slots import one_line, prepared_for
+from listopd_ray.slots import prepared_for
 from listopd_ray.tracking import evaluation_metrics, read_json, read_jsonl
 
 PARSE_RATE = "contract/parse_rate"  # of the rollouts of an update
@@ -193,8 +193,9 @@ class GiveBack(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ray.get(self._keeper.release.remote(trial.trial_id, sound=False))
-        error = trial.get_pickled_error()
-        why = "its process died" if error is None else one_line(error)
+        file = Path(trial.error_file or "")  # a traceback
+        lines = file.read_text(encoding="utf-8").strip().splitlines() if file.is_file() else []
+        why = lines[-1].partition(": ")[2] or lines[-1] if lines else "its process died"
         self._show("error", {"config": trial.config, "error": why})
 
 
