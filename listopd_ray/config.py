@@ -19,6 +19,8 @@ from listopd_ray.types import ListopdError
 
 T = TypeVar("T")
 
+JOB_SECTIONS = ("study", "search")  # of whole jobs' files (job_config.py)
+
 AT_LEAST_ONE = (
     *(
         f"{role}.{key}"
@@ -266,6 +268,9 @@ def load_config(schema: type[T], arguments: list[str]) -> T:
             layer = OmegaConf.from_dotlist([argument]) if is_pair else OmegaConf.load(argument)
             if "from_" in config and isinstance(layer, DictConfig) and "from" in layer:
                 layer["from_"] = layer.pop("from")  # Python has no field called from
+            if not is_pair and isinstance(layer, DictConfig) and issubclass(schema, Config):
+                for section in set(JOB_SECTIONS) - set(config):
+                    layer.pop(section, None)  # a job's file serves for a single run of it too
             config = OmegaConf.merge(config, layer)
         except FileNotFoundError:
             raise ListopdError(f"{argument}: no such file") from None

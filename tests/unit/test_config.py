@@ -16,7 +16,7 @@ from listopd_ray.config import (
     schedule_value,
     with_values,
 )
-from listopd_ray.job_config import CalibrateConfig, StudyConfig
+from listopd_ray.job_config import CalibrateConfig, SearchConfig, StudyConfig
 from listopd_ray.types import ListopdError
 
 
@@ -317,3 +317,13 @@ def test_every_key_is_described_once():
     assert described["lam"] == ("1.0", "λ; auto: as high as the governor allows")
     assert described["data.path"][0] == "null"
     assert described["cliff.measure"][0] == str(CliffConfig().measure)
+
+
+def test_the_file_of_a_whole_job_serves_for_a_single_run(tmp_path):
+    file = tmp_path / "search.yaml"
+    file.write_text("num_steps: 7\nsearch: {slots: 3}\n")
+    assert load_config(Config, [str(file)]).num_steps == 7
+    assert load_config(CalibrateConfig, [str(file)]).num_steps == 7
+    assert load_config(SearchConfig, [str(file)]).search.slots == 3
+    with pytest.raises(ListopdError, match="search"):
+        load_config(Config, ["search.slots=3"])
