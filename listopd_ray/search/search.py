@@ -34,7 +34,7 @@ from listopd_ray.tracking import check_unchanged, check_writable, read_json, rep
 from listopd_ray.types import ListopdError
 from listopd_ray.warmstart import warm_start
 
-MAY_CHANGE = ("search.slots", "search.attempts")  # between sittings
+MAY_CHANGE = ("search.slots", "search.attempts", "search.num_samples")  # between sittings
 
 
 def search_job(config: SearchConfig) -> None:

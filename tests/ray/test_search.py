@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from listopd_ray.search import search as search_module
 from listopd_ray.search import tuning
 from listopd_ray.search.search import search_job
 from listopd_ray.search.tuning import trial_config
-from listopd_ray.slots import SlotKeeper, Slots, prepared_for
+from listopd_ray.slots import Lease, SlotKeeper, Slots, prepared_for
 from listopd_ray.types import ListopdError
 
 NUM_STEPS = 12
@@ -67,17 +68,14 @@ class MadeUpSlots:
         ray.kill(self.keeper)
 
 
-@pytest.fixture
-def made_up(ray_cluster, monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def made_up(ray_cluster, tmp_path_factory):
     """A function that makes a search's configuration; its trials are made up."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
-    monkeypatch.setattr(tuning, "distil_trial", made_up_trial)
-    monkeypatch.setattr(search_module, "Slots", MadeUpSlots)
-    monkeypatch.setattr(search_module, "_warm_starts", lambda config, run: {"data": "d"})
-    monkeypatch.setattr(search_module, "data_directory", lambda config: tmp_path)
+    top = tmp_path_factory.mktemp("made-up")
 
-    def make(name="s", lambda_star=1.33, **settings):
-        root = tmp_path / name
+    def make(name, lambda_star=1.8, **settings):
+        root = top / name
         (root / "notes").mkdir(parents=True, exist_ok=True)
         file = root / "prediction.json"
         file.write_text(json.dumps({"kind": "apriori", "lambda_star": lambda_star, "clip": 2.0}))
@@ -90,7 +88,40 @@ def made_up(ray_cluster, monkeypatch, tmp_path):
             search=SearchSection(**(options | settings)),
         )
 
-    return make
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "distil_trial", made_up_trial)
+        patch.setattr(search_module, "Slots", MadeUpSlots)
+        patch.setattr(search_module, "_warm_starts", lambda config, run: {"data": "d"})
+        patch.setattr(search_module, "data_directory", lambda config: top)
+        yield make
+
+
+@pytest.fixture(scope="module")
+def whole(made_up):
+    """A search that was run without interruption."""
+    config = made_up("whole")
+    search_job(config)
+    return config
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """A function: Ctrl-C after so many trials; none: no more."""
+    show = search_module.Display.show
+
+    def arrange(number=None):
+        left = [number]
+
+        def show_and_stop(self, event, result):
+            show(self, event, result)
+            if left[0] is not None and event == "complete":
+                left[0] -= 1
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(search_module.Display, "show", show_and_stop)
+
+    return arrange
 
 
 def outcome(config):
@@ -101,10 +132,8 @@ def started(config):
     return (Path(config.out) / "notes" / "started").read_text().split()
 
 
-def test_the_bracket_holds_what_is_promised_and_calibrates_later_predictions(made_up, capsys):
-    config = made_up(lambda_star=1.5)
-    search_job(config)
-    result = outcome(config)
+def test_the_bracket_holds_what_is_promised_and_calibrates_later_predictions(whole):
+    result, directory = outcome(whole), run_directory(whole)
     assert (result["low"], result["high"]) == (1.3, 1.35)
     assert result["confidence"] > 0.99
     assert result["floor"] == pytest.approx(0.4, abs=0.001)
@@ -114,7 +143,7 @@ def test_the_bracket_holds_what_is_promised_and_calibrates_later_predictions(mad
     assert result["recommended"] == pytest.approx(1.24)
     assert result["hashes"] == {"data": "d"}
     lams = [row["lam"] for row in result["verdicts"]]
-    assert lams[0] == 1.5
+    assert lams[0] == 1.8
     assert {row["verdict"] for row in result["verdicts"]} == {"holds", "breaks"}
     assert all(row["full_budget"] for row in result["verdicts"] if row["lam"] in (1.3, 1.35))
     for trial in result["trials"]:
@@ -122,68 +151,50 @@ def test_the_bracket_holds_what_is_promised_and_calibrates_later_predictions(mad
         assert trial["budget"] == (4 if trial["verdict"] == "collapsed" else NUM_STEPS)
     assert any(trial["verdict"] == "collapsed" for trial in result["trials"])
     assert sum(trial["updates"] for trial in result["trials"]) == result["updates"]
-    directory = run_directory(config)
     assert (directory / "student").is_dir()
     assert (directory / "bracket.svg").read_text().startswith("<?xml")
-    assert "onset in (1.3, 1.35]" in capsys.readouterr().out
-    calibrate = CalibrateConfig(
-        from_=str(directory / "bracket.json"), clip=5.0, num_steps=NUM_STEPS
-    )
+    source = str(directory / "bracket.json")
+    calibrate = CalibrateConfig(from_=source, clip=5.0, num_steps=NUM_STEPS)
     assert read_onset(calibrate)["high"] == 1.35
-    assert len(started(config)) == len(set(started(config))) + sum(
-        trial["updates"] > NUM_STEPS for trial in result["trials"]
-    )
+    # Once each, and a second time where an early stop was not enough.
+    resumed = sum(trial["updates"] > NUM_STEPS for trial in result["trials"])
+    assert len(started(whole)) == len(result["trials"]) + resumed
 
 
-def test_an_interrupted_search_goes_on_to_the_same_bracket(made_up, monkeypatch):
-    whole = made_up("whole", lambda_star=1.8)
-    search_job(whole)
-    interrupted = made_up("interrupted", lambda_star=1.8)
-    show, left = search_module.Display.show, [5]
-
-    def show_and_stop(self, event, result):
-        show(self, event, result)
-        left[0] -= event == "complete"
-        if left[0] == 0:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(search_module.Display, "show", show_and_stop)
-    for sitting in range(2):
-        left[0] = 5 + sitting
+def test_an_interrupted_search_goes_on_to_the_same_bracket(made_up, whole, stop_after):
+    interrupted = made_up("interrupted")
+    for number in (5, 6):
+        stop_after(number)
         with pytest.raises(KeyboardInterrupt):
             search_job(interrupted)
         assert not (run_directory(interrupted) / "bracket.json").exists()
-    monkeypatch.setattr(search_module.Display, "show", show)
+    stop_after()
     search_job(interrupted)
     results = [outcome(config) for config in (whole, interrupted)]
     for key in ("low", "high", "confidence", "recommended", "verdicts"):
         assert results[0][key] == results[1][key]
-    ended = {(t["lam"], t["seed"]): t["updates"] for t in results[1]["trials"]}
-    assert len(ended) == len(results[1]["trials"])
+    before = started(interrupted)
     search_job(interrupted)  # finished: nothing is run
+    assert started(interrupted) == before
     assert outcome(interrupted) == results[1]
 
 
-@pytest.mark.parametrize("how", ["raise", "nan"])
-def test_a_trial_that_fails_is_run_again_and_is_no_verdict(made_up, how, capsys):
-    right, config = made_up("right"), made_up("failing")
-    search_job(right)
-    for name in ("1-1", "1.3-0"):
+def test_a_trial_that_fails_is_run_again_and_is_no_verdict(made_up, whole, capsys):
+    config = made_up("failing")
+    for name, how in (("1-1", "raise"), ("1.3-0", "nan")):
         (Path(config.out) / "notes" / f"break-{name}").write_text(how)
     search_job(config)
-    keys = ("low", "high", "confidence", "verdicts")
-    assert [outcome(config)[key] for key in keys] == [outcome(right)[key] for key in keys]
-    assert started(config).count("1-1") == 2
-    if how == "raise":
-        assert "λ = 1, seed 1: failed: the disk is full" in capsys.readouterr().err
+    for key in ("low", "high", "confidence", "verdicts"):
+        assert outcome(config)[key] == outcome(whole)[key]
+    assert [started(config).count(name) for name in ("1-1", "1.3-0", "1-0")] == [2, 2, 1]
+    assert "λ = 1, seed 1: failed: the disk is full" in capsys.readouterr().err
 
 
 def test_a_trial_that_always_fails_ends_the_search_with_one_line(made_up, monkeypatch):
-    config = made_up("hopeless", attempts=2)
-
     def fail(values, *, config, keeper):
         raise ListopdError("the disk is full")
 
+    config = made_up("hopeless", attempts=2)
     monkeypatch.setattr(tuning, "distil_trial", fail)
     with pytest.raises(ListopdError, match="the disk is full; given up after 2 attempts"):
         search_job(config)
@@ -197,13 +208,11 @@ def test_a_trial_that_always_fails_ends_the_search_with_one_line(made_up, monkey
         ({"search": SearchSection(seeds=[0, 1])}, "begun with another configuration"),
     ],
 )
-def test_another_configuration_under_the_same_name_is_refused(made_up, changes, message):
-    config = made_up()
-    search_job(config)
-    before = outcome(config)
+def test_another_configuration_under_the_same_name_is_refused(whole, changes, message):
+    before = outcome(whole)
     with pytest.raises(ListopdError, match=message):
-        search_job(replace(config, **changes))
-    assert outcome(config) == before
+        search_job(replace(whole, **changes))
+    assert outcome(whole) == before
 
 
 @pytest.mark.parametrize(
@@ -233,77 +242,52 @@ def test_bad_settings_are_refused_before_anything_is_written(made_up, settings, 
     assert not run_directory(config).exists()
 
 
-def space_config(config: Config, name: str, **settings) -> SearchConfig:
-    plain = with_values(config, {"name": name, "num_steps": 3})
+@pytest.fixture(scope="module")
+def shared_slots(ray_cluster: None, config: Config) -> Iterator[Slots]:
+    with Slots(config, 2) as slots:
+        yield slots
+
+
+@pytest.fixture
+def use_shared_slots(shared_slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches use engines that are there already, and leave them."""
+    shared = contextlib.nullcontext(shared_slots)
+    monkeypatch.setattr(search_module, "Slots", lambda config, number: shared)
+
+
+def real_search(config: Config, name: str, **settings) -> SearchConfig:
+    plain = with_values(config, {"name": name, "num_steps": 3, "evaluation.every": 0})
     return SearchConfig(**vars(plain), search=SearchSection(**settings))
 
 
 def test_real_trials_are_searched_interrupted_and_continued(
-    ray_cluster: None, config: Config, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, config: Config, stop_after, request: pytest.FixtureRequest
 ) -> None:
-    plain = with_values(
-        config, {"lam": 1.0, "num_steps": 3, "evaluation.every": 0, "name": "whole"}
-    )
-    settings = SearchSection(seeds=[0, 1], resolution=0.1, max_lam=1.2, error=0.4)
-    whole = SearchConfig(**vars(plain), search=settings)
+    settings = dict(seeds=[0, 1], resolution=0.1, max_lam=1.2, error=0.4)
+    interrupted = real_search(config, "interrupted", **settings)
+    stop_after(3)
+    with pytest.raises(KeyboardInterrupt):
+        search_job(interrupted)
+    stop_after()
+    request.getfixturevalue("use_shared_slots")
+    search_job(interrupted)
+    whole = real_search(config, "whole", **settings)
     search_job(whole)
-    result = outcome(whole)
+    result, again = outcome(whole), outcome(interrupted)
+    for key in ("low", "high", "confidence", "verdicts", "floor", "recommended"):
+        assert again[key] == result[key]  # λ sequence and every count
     assert result["prediction"]["kind"] == "apriori"
-    assert len(result["slots"]["built"]) == 2
-    assert len(result["slots"]["reused"]) >= len(result["trials"]) - 2
-    assert np.median(result["slots"]["reused"]) < min(result["slots"]["built"]) / 10
+    slots = again["slots"]
+    assert np.median(slots["reused"]) < min(slots["built"]) / 10
     model = json.loads((run_directory(whole) / "student" / "config.json").read_text())
     assert model["model_type"] == "qwen3"
 
-    interrupted = replace(whole, name="interrupted")
-    show, left = search_module.Display.show, [3]
-
-    def show_and_stop(self, event, result):
-        show(self, event, result)
-        left[0] -= event == "complete"
-        if left[0] == 0:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(search_module.Display, "show", show_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        search_job(interrupted)
-    monkeypatch.setattr(search_module.Display, "show", show)
-    search_job(interrupted)
-    again = outcome(interrupted)
-    for key in ("low", "high", "confidence", "verdicts", "floor", "recommended"):
-        assert again[key] == result[key]  # λ sequence and every count
-
-
-def test_a_slot_whose_engine_died_is_rebuilt(ray_cluster: None, config: Config) -> None:
-    prepared = prepared_for(config)
-    with Slots(config, 1) as slots:
-
-        def lease(holder):
-            return ray.get(slots.keeper.lease.remote(config, prepared.cluster_arguments(), holder))
-
-        first = lease("a")
-        ray.get(slots.keeper.release.remote("a", sound=True))
-        again = lease("b")
-        assert again.workers._actors == first.workers._actors
-        ray.kill(again.workers._actors[0])
-        ray.get(slots.keeper.release.remote("b", sound=True))
-        rebuilt = lease("c")
-        assert rebuilt.workers._actors != first.workers._actors
-        learner = rebuilt.start_learner(config, prepared.student_path, prepared.canary_ids)
-        assert rebuilt.workers.load_weights(learner.publish_weights()) < 1e-4
-        ray.get(slots.keeper.release.remote("c", sound=False))  # its trial failed
-        assert lease("d").workers._actors != rebuilt.workers._actors
-
 
 def test_grids_and_optuna_run_the_same_trials_over_any_key(
-    ray_cluster: None, config: Config, capsys: pytest.CaptureFixture[str]
+    config: Config, use_shared_slots: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    grid = space_config(
-        config,
-        "grid",
-        algorithm="grid",
-        space={"lr": {"grid_search": [1e-3, 3e-3]}, "group_size": {"choice": [2]}},
-    )
+    space = {"lr": {"grid_search": [1e-3, 3e-3]}, "group_size": {"choice": [2]}}
+    grid = real_search(config, "grid", algorithm="grid", space=space)
     search_job(grid)
     file = run_directory(grid) / "trials.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -312,24 +296,44 @@ def test_grids_and_optuna_run_the_same_trials_over_any_key(
     assert all(0 <= row["eval/ndcg_at_k_all"] <= 1 for row in rows)
     run = next((run_directory(grid) / "trials").glob("*lr0.001*"))
     assert "group_size: 2" in (run / "config.yaml").read_text()
-    shutil.copy(file, file.with_suffix(".before"))
+    before = (run / "metrics.jsonl").read_text()
     search_job(grid)  # all are finished
-    assert file.read_text() == file.with_suffix(".before").read_text()
+    assert (run / "metrics.jsonl").read_text() == before
 
-    optuna = space_config(
-        config,
-        "optuna",
-        algorithm="optuna",
-        num_samples=2,
-        asha=True,
-        rung=1,
-        space={"clip": {"uniform": [1.5, 3.0]}},
-    )
+    space = {"clip": {"uniform": [1.5, 3.0]}}
+    options = dict(algorithm="optuna", asha=True, rung=1, space=space)
+    optuna = real_search(config, "optuna", num_samples=2, **options)
     search_job(optuna)
-    lines = (run_directory(optuna) / "trials.jsonl").read_text().splitlines()
-    clips = {json.loads(line)["clip"] for line in lines}
+    file = run_directory(optuna) / "trials.jsonl"
+    clips = {json.loads(line)["clip"] for line in file.read_text().splitlines()}
     assert len(clips) == 2
-    search_job(replace(optuna, search=replace(optuna.search, num_samples=3)))
-    lines = (run_directory(optuna) / "trials.jsonl").read_text().splitlines()
-    assert len({json.loads(line)["clip"] for line in lines} - clips) == 1
+    search_job(real_search(config, "optuna", num_samples=3, **options))  # one more
+    again = {json.loads(line)["clip"] for line in file.read_text().splitlines()}
+    assert clips < again
+    assert len(again) == 3
     assert "best first" in capsys.readouterr().out
+
+
+def test_a_slot_whose_engine_died_is_rebuilt(ray_cluster: None, config: Config) -> None:
+    prepared = prepared_for(config)
+    with Slots(config, 1) as slots:
+
+        def lease(holder: str) -> Lease:
+            return ray.get(slots.keeper.lease.remote(config, prepared.cluster_arguments(), holder))
+
+        def give_back(holder: str, *, sound: bool) -> None:
+            ray.get(slots.keeper.release.remote(holder, sound=sound))
+
+        first = lease("a")
+        give_back("a", sound=True)
+        again = lease("b")
+        assert again.workers._actors == first.workers._actors
+        ray.kill(again.workers._actors[0])
+        give_back("b", sound=True)
+        rebuilt = lease("c")
+        assert rebuilt.workers._actors != first.workers._actors
+        learner = rebuilt.start_learner(config, prepared.student_path, prepared.canary_ids)
+        assert rebuilt.workers.load_weights(learner.publish_weights()) < 1e-4
+        give_back("c", sound=False)  # its trial failed: the engines may be poisoned
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(rebuilt.workers._actors[0].__ray_ready__.remote())

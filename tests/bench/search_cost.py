@@ -1,0 +1,52 @@
+"""What searches cost against a grid with the same seeds, criterion and stopper.
+
+python tests/bench/search_cost.py runs/search-grid runs/search runs/search-calibrated …
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+
+from listopd_ray.cliff.calibration import FLOOR_SHARE
+from listopd_ray.cliff.verdict import find_onset
+from listopd_ray.tracking import read_jsonl
+
+
+def main(grid: Path, searches: list[Path]) -> None:
+    rows = read_jsonl(grid / "trials.jsonl")
+    lams = sorted({row["lam"] for row in rows})
+    seeds = sorted({row["seed"] for row in rows})
+    if len(rows) != len(lams) * len(seeds) or any("error" in row for row in rows):
+        sys.exit(f"{grid}: {len(rows)} trials of {len(lams)} λ and {len(seeds)} seeds, or failures")
+    rates = [fmean(row["parse_rate"] for row in rows if row["lam"] == lam) for lam in lams]
+    low, high = find_onset(lams, rates, FLOOR_SHARE * rates[0])
+    spent = sum(row["updates"] for row in rows)
+    stopped = sum(not row["finished"] for row in rows)
+    print("| | starts from λ* | onset | λ | trials | stopped early | updates | of the grid's |")
+    print("|---|---|---|---|---|---|---|---|")
+    whole = f"{len(lams)} | {len(rows)} | {stopped} | {spent} | 100 %"
+    print(f"| grid | – | ({low:g}, {high:g}] | {whole} |")
+    for directory in searches:
+        bracket = json.loads((directory / "bracket.json").read_text())
+        # The student of the recommended λ is no part of a grid.
+        student = bracket["recommended"] not in [row["lam"] for row in bracket["verdicts"]]
+        trials = bracket["trials"][: len(bracket["trials"]) - student]
+        updates = sum(trial["updates"] for trial in trials)
+        early = sum(t["verdict"] == "collapsed" or t["updates"] > t["budget"] for t in trials)
+        if [bracket["seeds"], bracket["resolution"]] != [seeds, round(lams[1] - lams[0], 6)]:
+            sys.exit(f"{directory}: of other seeds or another resolution than {grid}")
+        prediction = bracket["prediction"]
+        print(
+            f"| {directory.name} | {prediction['lambda_star']:.3f}, {prediction['kind']} "
+            f"| ({bracket['low']:g}, {bracket['high']:g}] | {len(bracket['verdicts']) + 1} "
+            f"| {len(trials)} | {early} | {updates} | {updates / spent:.0%} |"
+        )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), [Path(argument) for argument in sys.argv[2:]])
