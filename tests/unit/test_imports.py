@@ -34,6 +34,9 @@ def test_data_config_and_metrics_need_no_heavy_package():
             "listopd_ray.cliff.alarm",
             "listopd_ray.cliff.verdict",
             "listopd_ray.steering",
+            "listopd_ray.job_config",
+            "listopd_ray.search.judgement",
+            "listopd_ray.search.bracket",
             "listopd_ray.label",
         )
         == "[]"
