@@ -76,13 +76,13 @@ class Bracket:
         return job
 
     def record(self, outcome: Outcome) -> None:
-        """What became of a trial; what it spent before is added."""
+        """What became of a trial. What it spent before is added; it has spent no less than it has
+        behind it, some perhaps in a sitting of which no more is known."""
         key = (outcome.lam, outcome.seed)
         self._running.discard(key)
         before = self.outcomes.get(key)
-        if before is not None:
-            outcome = replace(outcome, updates=outcome.updates + before.updates)
-        self.outcomes[key] = outcome
+        spent = outcome.updates + (before.updates if before is not None else 0)
+        self.outcomes[key] = replace(outcome, updates=max(spent, outcome.step))
 
     def fail(self, lam: float, seed: int) -> None:
         """A trial ended without a result: it is asked for again."""

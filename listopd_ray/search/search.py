@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from listopd_ray.config import Config, dump_config, run_directory, with_values
 from listopd_ray.job_config import SearchConfig
 from listopd_ray.models import model_hash
 from listopd_ray.search.bracket import Bracket
+from listopd_ray.search.judgement import Outcome
 from listopd_ray.search.report import Display, draw_bracket, outcome_json
 from listopd_ray.search.space import check_space, run_space, seeds_of_space
 from listopd_ray.search.tuning import BracketSearcher, CollapseStopper, run_tune, trial_config
@@ -109,7 +111,17 @@ def _read_state(directory: Path, hashes: dict[str, Any]) -> dict[str, Any]:
         slots: dict[str, list[float]] = {"built": [], "reused": []}
         return {"asked": [], "trials": [], "seconds": 0.0, "slots": slots, "hashes": hashes}
     state = read_json(file, str(file))
-    changed = [name for name in hashes if hashes[name] != state["hashes"].get(name)]
+    try:
+        for trial in state["trials"]:
+            Outcome(**trial)
+        seconds = [*state["slots"]["built"], *state["slots"]["reused"], state["seconds"]]
+        begun_with = dict(state["hashes"])
+        intact = all(isinstance(value, int | float) for value in (*seconds, *state["asked"]))
+    except (KeyError, TypeError, ValueError):
+        intact = False
+    if not intact:
+        raise ListopdError(f"{file}: not the state of a search; remove it to begin again")
+    changed = [name for name in hashes if hashes[name] != begun_with.get(name)]
     if changed:
         raise ListopdError(f"{directory}: begun with another {', '.join(changed)}")
     return state
@@ -204,6 +216,8 @@ def print_outcome(outcome: dict[str, Any], directory: Path) -> None:
         f"recommended λ = {outcome['recommended']:g}: strict parse {student['parse_rate']:.3f} "
         f"(seed {student['seed']})"
     )
+    if student["parse_rate"] < outcome["floor"]:
+        print(f"warning: that is below the floor, {outcome['floor']:.3f}", file=sys.stderr)
     print(f"{outcome['updates']} updates in {outcome['seconds'] / 60:.0f} min")
     print(f"search: {directory}")
 
