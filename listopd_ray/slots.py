@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,11 +97,12 @@ class SlotKeeper:
         self._teachers: SharedTeachers | None = None
         self._teachers_for: Any = None
         self._changed = threading.Condition()  # who holds which slot
+        self._ended: set[str] = set()  # holders that gave back, perhaps before they had anything
         self._teacher_lock = threading.Lock()
         self._seconds: dict[str, list[float]] = {"built": [], "reused": []}
 
     def lease(self, config: Config, arguments: dict[str, Any], holder: str) -> Lease:
-        """Wait for a slot; `arguments` as for `Cluster`, `holder` names the trial."""
+        """Wait for a slot; `arguments` as for `Cluster`, `holder` names the trial and comes once."""
         start = time.perf_counter()
         arguments = dict(arguments)
         pool = self._shared_teachers(config, arguments.pop("teacher_path"))
@@ -110,6 +112,8 @@ class SlotKeeper:
         with self._changed:
             if not self._changed.wait_for(lambda: self._free(), timeout=START_TIMEOUT_S):
                 raise ListopdError(f"no slot came free in {START_TIMEOUT_S:g} s")
+            if holder in self._ended:
+                raise ListopdError(f"{holder}: has ended")
             free = self._free()
             index = next((i for i in free if self._slots[i].built_for == wanted), free[0])
             slot = self._slots[index]
@@ -141,9 +145,10 @@ class SlotKeeper:
                     slot.drop()
                 elif slot.cluster is not None:
                     slot.cluster.stop_learner()
-                with self._changed:
-                    slot.holder = None
-                    self._changed.notify_all()
+                slot.holder = None
+        with self._changed:
+            self._ended.add(holder)
+            self._changed.notify_all()
 
     def seconds(self) -> dict[str, list[float]]:
         """How long every lease took that had to start engines, and every one that had not."""
@@ -210,7 +215,7 @@ class Runner:
 
     def _in_slot(self, work: Any, config: Config) -> Any:
         prepared = prepared_for(config)
-        holder, sound = f"{config.out}/{config.name}-s{config.seed}", False
+        holder, sound = uuid.uuid4().hex, False
         lease = ray.get(self._keeper.lease.remote(config, prepared.cluster_arguments(), holder))
         try:
             result = work(config, prepared, lease)

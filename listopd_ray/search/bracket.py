@@ -255,11 +255,8 @@ class Bracket:
 
     def _floor(self) -> list[Outcome]:
         """The trials at λ = 1, by seed; empty until all are finished."""
-        floor = [self.outcomes.get((1.0, seed)) for seed in self._seeds]
-        whole = [outcome for outcome in floor if outcome is not None]
-        return (
-            whole if all(o.kind == "finished" for o in whole) and len(whole) == len(floor) else []
-        )
+        keys = [(1.0, seed) for seed in self._seeds]
+        return [self.outcomes[key] for key in keys] if self.outcomes.keys() >= set(keys) else []
 
     def _lam(self, place: int) -> float:
         return round(1 + place * self._resolution / HALVES, 6)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
 from collections import defaultdict, deque
@@ -82,6 +83,7 @@ class BracketSearcher(Searcher):
         super().__init__(metric="train/step", mode="max")  # Tune wants one that all reports have
         self._bracket = bracket
         self._slots = search.slots
+        self._collapsed = search.collapsed
         self._num_rollouts = num_rollouts
         self._save = save
         self._live: dict[str, Job] = {}
@@ -135,7 +137,9 @@ class BracketSearcher(Searcher):
             kind, parsed, sampled = "finished", result["parsed"], result["sampled"]
         else:
             kind, sampled = "collapsed", self._num_rollouts
-            parsed = result[PARSE_RATE] * sampled
+            parsed = result.get(PARSE_RATE, math.nan) * sampled
+            if not parsed < self._collapsed * sampled:
+                return None  # something else than the stopper ended it
         if not 0 <= parsed <= sampled:  # NaN too
             return None
         return Outcome(
@@ -157,9 +161,7 @@ class CollapseStopper(tune.Stopper):
         self._last: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=search.patience))
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        if PARSE_RATE not in result or result.get(
-            "finished"
-        ):  # before the first update, at the end
+        if PARSE_RATE not in result or result.get("finished"):
             return False
         last = self._last[trial_id]
         last.append(result[PARSE_RATE])
