@@ -102,7 +102,7 @@ class SlotKeeper:
         self._seconds: dict[str, list[float]] = {"built": [], "reused": []}
 
     def lease(self, config: Config, arguments: dict[str, Any], holder: str) -> Lease:
-        """Wait for a slot; `arguments` as for `Cluster`, `holder` names the trial and comes once."""
+        """Wait for a slot; `arguments` as for `Cluster`, `holder`: a name for this trial alone."""
         start = time.perf_counter()
         arguments = dict(arguments)
         pool = self._shared_teachers(config, arguments.pop("teacher_path"))

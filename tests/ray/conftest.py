@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -72,3 +73,25 @@ def finished_run(config: Config, prepared: Prepared, cluster: Cluster) -> Path:
 
     distill(config, prepared, cluster)
     return Path(config.out) / config.name
+
+
+@pytest.fixture
+def stop_search(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function: Ctrl-C in a search after so many trials; none: no more."""
+    from listopd_ray.search.search import Display
+
+    show = Display.show
+
+    def arrange(number: int | None = None) -> None:
+        left = [number]
+
+        def show_and_stop(self: Display, event: str, result: Any) -> None:
+            show(self, event, result)
+            if left[0] is not None and event == "complete":
+                left[0] -= 1
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(Display, "show", show_and_stop)
+
+    return arrange

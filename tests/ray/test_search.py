@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import ray
 from ray import cloudpickle, tune
 
 from listopd_ray.calibrate import read_onset
-from listopd_ray.config import Config, run_directory, with_values
+from listopd_ray.config import run_directory
 from listopd_ray.job_config import CalibrateConfig, SearchConfig, SearchSection
 from listopd_ray.search import search as search_module
 from listopd_ray.search import tuning
 from listopd_ray.search.search import search_job
 from listopd_ray.search.tuning import trial_config
-from listopd_ray.slots import Lease, SlotKeeper, Slots, prepared_for
+from listopd_ray.slots import SlotKeeper
 from listopd_ray.types import ListopdError
 
 NUM_STEPS = 12
@@ -104,26 +101,6 @@ def whole(made_up):
     return config
 
 
-@pytest.fixture
-def stop_after(monkeypatch):
-    """A function: Ctrl-C after so many trials; none: no more."""
-    show = search_module.Display.show
-
-    def arrange(number=None):
-        left = [number]
-
-        def show_and_stop(self, event, result):
-            show(self, event, result)
-            if left[0] is not None and event == "complete":
-                left[0] -= 1
-                if left[0] == 0:
-                    raise KeyboardInterrupt
-
-        monkeypatch.setattr(search_module.Display, "show", show_and_stop)
-
-    return arrange
-
-
 def outcome(config):
     return json.loads((run_directory(config) / "bracket.json").read_text())
 
@@ -161,14 +138,14 @@ def test_the_bracket_holds_what_is_promised_and_calibrates_later_predictions(who
     assert len(started(whole)) == len(result["trials"]) + resumed
 
 
-def test_an_interrupted_search_goes_on_to_the_same_bracket(made_up, whole, stop_after):
+def test_an_interrupted_search_goes_on_to_the_same_bracket(made_up, whole, stop_search):
     interrupted = made_up("interrupted")
     for number in (5, 6):
-        stop_after(number)
+        stop_search(number)
         with pytest.raises(KeyboardInterrupt):
             search_job(interrupted)
         assert not (run_directory(interrupted) / "bracket.json").exists()
-    stop_after()
+    stop_search()
     search_job(interrupted)
     results = [outcome(config) for config in (whole, interrupted)]
     for key in ("low", "high", "confidence", "recommended", "verdicts"):
@@ -240,100 +217,3 @@ def test_bad_settings_are_refused_before_anything_is_written(made_up, settings, 
     with pytest.raises(ListopdError, match=message):
         search_job(config)
     assert not run_directory(config).exists()
-
-
-@pytest.fixture(scope="module")
-def shared_slots(ray_cluster: None, config: Config) -> Iterator[Slots]:
-    with Slots(config, 2) as slots:
-        yield slots
-
-
-@pytest.fixture
-def use_shared_slots(shared_slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Searches use engines that are there already, and leave them."""
-    shared = contextlib.nullcontext(shared_slots)
-    monkeypatch.setattr(search_module, "Slots", lambda config, number: shared)
-
-
-def real_search(config: Config, name: str, **settings) -> SearchConfig:
-    plain = with_values(config, {"name": name, "num_steps": 3, "evaluation.every": 0})
-    return SearchConfig(**vars(plain), search=SearchSection(**settings))
-
-
-def test_real_trials_are_searched_interrupted_and_continued(
-    ray_cluster: None, config: Config, stop_after, request: pytest.FixtureRequest
-) -> None:
-    settings = dict(seeds=[0, 1], resolution=0.1, max_lam=1.2, error=0.4)
-    interrupted = real_search(config, "interrupted", **settings)
-    stop_after(3)
-    with pytest.raises(KeyboardInterrupt):
-        search_job(interrupted)
-    stop_after()
-    request.getfixturevalue("use_shared_slots")
-    search_job(interrupted)
-    whole = real_search(config, "whole", **settings)
-    search_job(whole)
-    result, again = outcome(whole), outcome(interrupted)
-    for key in ("low", "high", "confidence", "verdicts", "floor", "recommended"):
-        assert again[key] == result[key]  # λ sequence and every count
-    assert result["prediction"]["kind"] == "apriori"
-    slots = again["slots"]
-    assert np.median(slots["reused"]) < min(slots["built"]) / 10
-    model = json.loads((run_directory(whole) / "student" / "config.json").read_text())
-    assert model["model_type"] == "qwen3"
-
-
-def test_grids_and_optuna_run_the_same_trials_over_any_key(
-    config: Config, use_shared_slots: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    space = {"lr": {"grid_search": [1e-3, 3e-3]}, "group_size": {"choice": [2]}}
-    grid = real_search(config, "grid", algorithm="grid", space=space)
-    search_job(grid)
-    file = run_directory(grid) / "trials.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert sorted(row["lr"] for row in rows) == [1e-3, 3e-3]
-    assert all(row["finished"] and row["updates"] == 3 for row in rows)
-    assert all(0 <= row["eval/ndcg_at_k_all"] <= 1 for row in rows)
-    run = next((run_directory(grid) / "trials").glob("*lr0.001*"))
-    assert "group_size: 2" in (run / "config.yaml").read_text()
-    before = (run / "metrics.jsonl").read_text()
-    search_job(grid)  # all are finished
-    assert (run / "metrics.jsonl").read_text() == before
-
-    space = {"clip": {"uniform": [1.5, 3.0]}}
-    options = dict(algorithm="optuna", asha=True, rung=1, space=space)
-    optuna = real_search(config, "optuna", num_samples=2, **options)
-    search_job(optuna)
-    file = run_directory(optuna) / "trials.jsonl"
-    clips = {json.loads(line)["clip"] for line in file.read_text().splitlines()}
-    assert len(clips) == 2
-    search_job(real_search(config, "optuna", num_samples=3, **options))  # one more
-    again = {json.loads(line)["clip"] for line in file.read_text().splitlines()}
-    assert clips < again
-    assert len(again) == 3
-    assert "best first" in capsys.readouterr().out
-
-
-def test_a_slot_whose_engine_died_is_rebuilt(ray_cluster: None, config: Config) -> None:
-    prepared = prepared_for(config)
-    with Slots(config, 1) as slots:
-
-        def lease(holder: str) -> Lease:
-            return ray.get(slots.keeper.lease.remote(config, prepared.cluster_arguments(), holder))
-
-        def give_back(holder: str, *, sound: bool) -> None:
-            ray.get(slots.keeper.release.remote(holder, sound=sound))
-
-        first = lease("a")
-        give_back("a", sound=True)
-        again = lease("b")
-        assert again.workers._actors == first.workers._actors
-        ray.kill(again.workers._actors[0])
-        give_back("b", sound=True)
-        rebuilt = lease("c")
-        assert rebuilt.workers._actors != first.workers._actors
-        learner = rebuilt.start_learner(config, prepared.student_path, prepared.canary_ids)
-        assert rebuilt.workers.load_weights(learner.publish_weights()) < 1e-4
-        give_back("c", sound=False)  # its trial failed: the engines may be poisoned
-        with pytest.raises(ray.exceptions.RayActorError):
-            ray.get(rebuilt.workers._actors[0].__ray_ready__.remote())
