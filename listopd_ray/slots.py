@@ -20,7 +20,6 @@ import ray
 from ray.util import ActorPool
 
 from listopd_ray.cluster import (
-    START_TIMEOUT_S,
     Cluster,
     LearnerHandle,
     SharedTeachers,
@@ -96,29 +95,33 @@ class SlotKeeper:
         self._slots: list[_Slot] = [_Slot() for _ in range(num_slots)]
         self._teachers: SharedTeachers | None = None
         self._teachers_for: Any = None
+        self._teacher_in_use: Any = None  # or was last
         self._changed = threading.Condition()  # who holds which slot
         self._ended: set[str] = set()  # holders that gave back, perhaps before they had anything
         self._teacher_lock = threading.Lock()
         self._seconds: dict[str, list[float]] = {"built": [], "reused": []}
 
     def lease(self, config: Config, arguments: dict[str, Any], holder: str) -> Lease:
-        """Wait for a slot; `arguments` as for `Cluster`, `holder`: a name for this trial alone."""
+        """Wait for a slot, and for trials that use another teacher; `arguments` as for `Cluster`,
+        `holder`: a name for this trial alone."""
         start = time.perf_counter()
         arguments = dict(arguments)
-        pool = self._shared_teachers(config, arguments.pop("teacher_path"))
+        teacher_path = arguments.pop("teacher_path")
+        teacher = (teacher_path, config.scoring, config.learner.dtype, config.device)
         fixed = {name: value for name, value in arguments.items() if name != "student_path"}
         learner = (config.learner.num_cpus, config.learner.num_gpus, config.learner.dtype)
         wanted = (fixed, config.rollout, learner, config.sync, config.device)
         with self._changed:
-            if not self._changed.wait_for(lambda: self._free(), timeout=START_TIMEOUT_S):
-                raise ListopdError(f"no slot came free in {START_TIMEOUT_S:g} s")
+            self._changed.wait_for(lambda: self._is_turn_of(teacher))
             if holder in self._ended:
                 raise ListopdError(f"{holder}: has ended")
             free = self._free()
             index = next((i for i in free if self._slots[i].built_for == wanted), free[0])
             slot = self._slots[index]
             slot.holder = holder
+            self._teacher_in_use = teacher
         try:
+            pool = self._shared_teachers(config, teacher_path, teacher)
             if is_new := not slot.fits(wanted):
                 slot.drop()
                 slot.cluster = Cluster(config, teacher_path=None, **arguments)
@@ -157,9 +160,13 @@ class SlotKeeper:
     def _free(self) -> list[int]:
         return [index for index, slot in enumerate(self._slots) if slot.holder is None]
 
-    def _shared_teachers(self, config: Config, teacher_path: Path) -> TeacherPool:
-        """One set for all slots; trials that are to share them ask for the same."""
-        wanted = (teacher_path, config.scoring, config.learner.dtype, config.device)
+    def _is_turn_of(self, teacher: Any) -> bool:
+        free = self._free()
+        unused = len(free) == len(self._slots)
+        return bool(free) and (unused or self._teacher_in_use == teacher)
+
+    def _shared_teachers(self, config: Config, teacher_path: Path, wanted: Any) -> TeacherPool:
+        """One set for all slots; made anew for another teacher, and where one of them has died."""
         with self._teacher_lock:
             if self._teachers is None or self._teachers_for != wanted or not _alive(self._teachers):
                 if self._teachers is not None:

@@ -231,6 +231,9 @@ def _check(config: SearchConfig) -> None:
 
     data_directory(config)
     check_writable(run_directory(config))
+    warmstart = config.teacher.warmstart
+    if warmstart.num_steps > 0 and warmstart.seed is None:
+        raise ListopdError("teacher.warmstart.seed: give one: all trials share the teacher")
     require(search.slots >= 1, "slots", "must be ≥ 1")
     require(search.attempts >= 1, "attempts", "must be ≥ 1")
     require(search.patience >= 1, "patience", "must be ≥ 1")

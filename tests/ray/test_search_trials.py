@@ -36,7 +36,8 @@ def use_shared_slots(shared_slots: Slots, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def real_search(config: Config, name: str, **settings) -> SearchConfig:
-    plain = with_values(config, {"name": name, "num_steps": 3, "evaluation.every": 0})
+    changes = {"num_steps": 3, "evaluation.every": 0, "teacher.warmstart.seed": 0}
+    plain = with_values(config, changes | {"name": name})
     return SearchConfig(**vars(plain), search=SearchSection(**settings))
 
 
