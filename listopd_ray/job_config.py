@@ -48,6 +48,11 @@ class StudyConfig(Config):
     study: StudySection = field(default_factory=StudySection)
 
 
+Metric = Literal[
+    "eval/parse_rate", "eval/ndcg_at_1_all", "eval/ndcg_at_k_all", "eval/kendall_tau_all"
+]
+
+
 @dataclass(frozen=True)
 class SearchSection:
     slots: int = 2  # trials at once; each takes the resources of one run, the teachers are shared
@@ -55,9 +60,7 @@ class SearchSection:
     resolution: float = 0.05  # of λ: how wide the bracket may be in the end
     max_lam: float = 5.0  # the search goes no farther
     error: float = 0.01  # allowed probability that a verdict on a λ is wrong, for these seeds
-    rung: int = (
-        20  # updates from which a collapse may rule a λ out; nothing passes before num_steps
-    )
+    rung: int = 20  # updates after which a collapse rules a λ out; none passes before num_steps
     collapsed: float = 0.05  # strict parse of the rollouts below which outputs have collapsed
     patience: int = 5  # updates in a row
     attempts: int = 3  # of a trial that fails, before the search ends
@@ -66,7 +69,7 @@ class SearchSection:
     algorithm: Literal["bracket", "grid", "optuna"] = "bracket"  # bracket | grid | optuna
     space: dict[str, Any] = field(default_factory=dict)  # key → {distribution: [its arguments]}
     num_samples: int = 1  # draws from the space; of a grid, how often it is repeated
-    metric: str = "eval/ndcg_at_k_all"  # to maximise: any that every update logs, or of evaluations
+    metric: Metric = "eval/ndcg_at_k_all"  # to maximise: this or parse_rate, ndcg_at_1_all, …
     asha: bool = False  # stop trials early that are worse than others at the same update
 
 

@@ -90,7 +90,7 @@ def _run_trials(
             run,
             slots.keeper,
             searcher=searcher,
-            stopper=CollapseStopper(config.search),
+            stopper=CollapseStopper(config.search, config.num_steps),
             slots=config.search.slots,
             show=display.show,
         )

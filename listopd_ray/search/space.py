@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import optuna
 import rich
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
@@ -22,7 +23,7 @@ from rich.table import Table
 
 from listopd_ray.config import Config, run_directory, with_values
 from listopd_ray.job_config import SearchConfig
-from listopd_ray.search.tuning import CollapseStopper, run_tune
+from listopd_ray.search.tuning import PARSE_RATE, CollapseStopper, mark_stopped, run_tune, short
 from listopd_ray.slots import Slots
 from listopd_ray.tracking import read_jsonl, replace_file
 from listopd_ray.types import ListopdError
@@ -32,52 +33,56 @@ DOMAINS = ("grid_search", "choice", "uniform", "loguniform", "quniform", "randin
 FIXED = (
     *("name", "out", "cache", "device", "prediction", "tracking", "demo_seeds"),
     *("data", "task", "tokenizer", "student", "teacher", "base", "warmstart_workers"),
-    *("rollout", "scoring"),
+    *("rollout", "scoring", "sync", "learner.dtype", "learner.num_cpus", "learner.num_gpus"),
 )
 
 
 class Trials:
     """The rows of trials.jsonl, those of earlier sittings included."""
 
-    def __init__(self, file: Path, keys: list[str], metric: str) -> None:
+    def __init__(self, file: Path, run: Config, keys: list[str], metric: str) -> None:
+        self._run = run
         self._file, self._keys, self._metric = file, keys, metric
-        self._rows = {row["name"]: row for row in read_jsonl(file)}
+        self._rows = {row["name"]: row for row in read_jsonl(file) if "error" not in row}
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Best first; those that failed at the end."""
-        worst = float("-inf")
-        return sorted(self._rows.values(), key=lambda row: -row.get(self._metric, worst))
+        return sorted(self._rows.values(), key=lambda row: -row.get(self._metric, -math.inf))
 
     @property
     def failed(self) -> list[dict[str, Any]]:
         return [row for row in self._rows.values() if "error" in row]
 
     @property
-    def finished(self) -> list[dict[str, Any]]:
+    def ended(self) -> list[dict[str, Any]]:
+        """At their budget or stopped before, but not failed."""
         return [row for row in self._rows.values() if "error" not in row]
 
-    def show(self, event: str, result: Mapping[str, Any]) -> None:
+    def show(self, event: str, result: dict[str, Any]) -> None:
         """What `GiveBack` sees of a trial."""
         if event == "result":
             return
         values = {key: result["config"][key] for key in self._keys}
-        name = ", ".join(f"{key} = {_text(value)}" for key, value in values.items())
+        name = ", ".join(f"{key} = {short(value)}" for key, value in values.items())
         row = {"name": name, **values}
         if event == "error":
             row["error"] = result["error"]
             print(f"{name}: failed: {result['error']}", file=sys.stderr)
         else:
-            row["updates"] = result["train/step"]
-            row["finished"] = bool(result.get("finished"))
-            row["parse_rate"] = (
-                result["parsed"] / result["sampled"]
-                if row["finished"]
-                else result.get("contract/parse_rate", 0.0)
-            )
-            row[self._metric] = result[self._metric]
+            row |= {
+                "updates": result["train/step"],
+                "finished": bool(result.get("finished")),
+                # A trial that was stopped has its rollouts alone.
+                "parse_rate": result.get("parsed", result.get(PARSE_RATE, 0.0))
+                / result.get("sampled", 1),
+            }
+            if row["finished"] or self._run.evaluation.every:  # else that of the warm start
+                row[self._metric] = result[self._metric]
+            if not row["finished"]:
+                mark_stopped(self._run, result)
             end = "" if row["finished"] else f", stopped at update {row['updates']}"
-            print(f"{name}: {self._metric} {row[self._metric]:.3f}{end}", flush=True)
+            print(f"{name}: strict parse {row['parse_rate']:.3f}{end}", flush=True)
         self._rows[name] = row
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows.values())
         replace_file(self._file, "".join(lines))
@@ -88,30 +93,33 @@ def run_space(config: SearchConfig, run: Config, slots: Slots) -> None:
     search = config.search
     directory = run_directory(config)
     keys = sorted(search.space)
-    trials = Trials(directory / "trials.jsonl", keys, search.metric)
+    trials = Trials(directory / "trials.jsonl", run, keys, search.metric)
     space = {key: _domain(key, spec) for key, spec in search.space.items()}
     options: dict[str, Any] = {"metric": search.metric, "mode": "max"}
     if search.asha:
         options["scheduler"] = ASHAScheduler(
             time_attr="train/step",
-            grace_period=max(1, search.rung),
+            grace_period=min(max(1, search.rung), config.num_steps),
             max_t=config.num_steps,
+            stop_last_trials=False,  # they have their last evaluation before them
             reduction_factor=2,
         )
     if search.algorithm == "optuna":
-        done = [{key: row[key] for key in keys} for row in trials.finished]
-        rewards = [row[search.metric] for row in trials.finished]
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        done = [{key: row[key] for key in keys} for row in trials.ended]
+        rewards = [row[search.metric] for row in trials.ended]
         options["num_samples"] = search.num_samples - len(done)
         known = dict(points_to_evaluate=done, evaluated_rewards=rewards) if done else {}
         metric = dict(metric=search.metric, mode="max")
-        searcher: Any = OptunaSearch(space=space, seed=config.seed, **metric, **known)
+        seed = config.seed + len(done)  # the draws of another sitting are others
+        searcher: Any = OptunaSearch(space=space, seed=seed, **metric, **known)
         space = {}
     else:
         options["num_samples"] = search.num_samples
         random.seed(config.seed)
         searcher = BasicVariantGenerator(random_state=config.seed, max_concurrent=search.slots)
     if options["num_samples"] > 0:
-        stopper = CollapseStopper(search)
+        stopper = CollapseStopper(search, config.num_steps)
         run_tune(
             run,
             slots.keeper,
@@ -137,9 +145,11 @@ def check_space(config: SearchConfig) -> None:
     search = config.search
     if not search.space:
         raise ListopdError(f"search.space: search.algorithm={search.algorithm} needs one")
+    if config.evaluation.every == 0 and (search.asha or search.algorithm == "optuna"):
+        raise ListopdError("evaluation.every: must be > 0: search.metric is of evaluations")
     seeds_of_space(config)
     for key, spec in search.space.items():
-        if key.split(".")[0] in FIXED:
+        if key in FIXED or key.split(".")[0] in FIXED:
             raise ListopdError(f"search.space.{key}: trials share it")
         domain = _domain(key, spec)
         is_grid = isinstance(domain, dict)
@@ -188,15 +198,12 @@ def _table(config: SearchConfig, rows: list[dict[str, Any]]) -> Table:
     for column in (*keys, metric, "strict parse", "updates", ""):
         table.add_column(column, justify="right")
     for row in rows:
-        values = [_text(row[key]) for key in keys]
+        values = [short(row[key]) for key in keys]
         if "error" in row:
             table.add_row(*values, "", "", "", "failed")
             continue
         end = "" if row["finished"] else "stopped early"
-        numbers = (f"{row[metric]:.3f}", f"{row['parse_rate']:.3f}", f"{row['updates']}")
+        reached = f"{row[metric]:.3f}" if metric in row else "–"
+        numbers = (reached, f"{row['parse_rate']:.3f}", f"{row['updates']}")
         table.add_row(*values, *numbers, end)
     return table
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

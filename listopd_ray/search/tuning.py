@@ -25,7 +25,7 @@ from listopd_ray.job_config import SearchSection
 from listopd_ray.search.bracket import Bracket, Job
 from listopd_ray.search.judgement import Outcome
 from listopd_ray.slots import prepared_for
-from listopd_ray.tracking import evaluation_metrics, read_json, read_jsonl
+from listopd_ray.tracking import evaluation_metrics, read_json, read_jsonl, replace_file
 
 PARSE_RATE = "contract/parse_rate"  # of the rollouts of an update
 TO_THE_END = "full"  # key of a trial's values: it is not to be stopped
@@ -34,7 +34,7 @@ TO_THE_END = "full"  # key of a trial's values: it is not to be stopped
 def trial_config(config: Config, values: dict[str, Any]) -> Config:
     """The run of a trial; `values` by dotted key. Equal values have equal names, which continue."""
     changes = {key: value for key, value in values.items() if key != TO_THE_END}
-    parts = [f"{key.rpartition('.')[2]}{_short(value)}" for key, value in sorted(changes.items())]
+    parts = [f"{key.rpartition('.')[2]}{short(value)}" for key, value in sorted(changes.items())]
     return with_values(config, changes | {"name": "-".join(parts)})
 
 
@@ -54,6 +54,8 @@ def distil_trial(values: dict[str, Any], *, config: Config, keeper: Any) -> None
         latest.update(metrics)
         tune.report(dict(latest))
 
+    if _stopped_file(run).exists() and TO_THE_END not in values:
+        return report(read_json(_stopped_file(run), str(_stopped_file(run))))
     if summary_file.exists():  # finished when the driver died
         summary = read_json(summary_file, str(summary_file))
     else:
@@ -71,6 +73,18 @@ def distil_trial(values: dict[str, Any], *, config: Config, keeper: Any) -> None
         "train/step": summary["num_steps"],
     }
     report(evaluation_metrics(student) | counts)
+
+
+def mark_stopped(config: Config, result: dict[str, Any]) -> None:
+    """Another sitting is to take the trial with this last `result` as it is."""
+    values = result["config"]
+    metrics = {key: value for key, value in result.items() if "/" in key}
+    file = _stopped_file(trial_config(config, values))
+    replace_file(file, json.dumps(metrics) + "\n")
+
+
+def _stopped_file(run: Config) -> Path:
+    return run_directory(run) / "stopped.json"
 
 
 class BracketSearcher(Searcher):
@@ -156,8 +170,9 @@ class BracketSearcher(Searcher):
 class CollapseStopper(tune.Stopper):
     """Stops trials whose outputs have collapsed, but for those that are to run to their end."""
 
-    def __init__(self, search: SearchSection) -> None:
+    def __init__(self, search: SearchSection, num_steps: int) -> None:
         self._search = search
+        self._num_steps = num_steps
         self._last: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=search.patience))
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -166,8 +181,8 @@ class CollapseStopper(tune.Stopper):
         last = self._last[trial_id]
         last.append(result[PARSE_RATE])
         is_low = len(last) == self._search.patience and max(last) < self._search.collapsed
-        past_rung = result["train/step"] >= self._search.rung
-        return is_low and past_rung and not result["config"].get(TO_THE_END)
+        in_time = self._search.rung <= result["train/step"] < self._num_steps
+        return is_low and in_time and not result["config"].get(TO_THE_END)
 
     def stop_all(self) -> bool:
         return False
@@ -242,5 +257,5 @@ def run_tune(
         tuner.fit()
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)

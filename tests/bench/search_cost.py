@@ -16,7 +16,7 @@ from listopd_ray.tracking import read_jsonl
 
 
 def main(grid: Path, searches: list[Path]) -> None:
-    rows = read_jsonl(grid / "trials.jsonl")
+    rows = read_jsonl(grid)
     lams = sorted({row["lam"] for row in rows})
     seeds = sorted({row["seed"] for row in rows})
     if len(rows) != len(lams) * len(seeds) or any("error" in row for row in rows):
@@ -29,18 +29,18 @@ def main(grid: Path, searches: list[Path]) -> None:
     print("|---|---|---|---|---|---|---|---|")
     whole = f"{len(lams)} | {len(rows)} | {stopped} | {spent} | 100 %"
     print(f"| grid | – | ({low:g}, {high:g}] | {whole} |")
-    for directory in searches:
-        bracket = json.loads((directory / "bracket.json").read_text())
+    for file in searches:
+        bracket = json.loads(file.read_text())
         # The student of the recommended λ is no part of a grid.
         student = bracket["recommended"] not in [row["lam"] for row in bracket["verdicts"]]
         trials = bracket["trials"][: len(bracket["trials"]) - student]
         updates = sum(trial["updates"] for trial in trials)
         early = sum(t["verdict"] == "collapsed" or t["updates"] > t["budget"] for t in trials)
         if [bracket["seeds"], bracket["resolution"]] != [seeds, round(lams[1] - lams[0], 6)]:
-            sys.exit(f"{directory}: of other seeds or another resolution than {grid}")
+            sys.exit(f"{file}: of other seeds or another resolution than {grid}")
         prediction = bracket["prediction"]
         print(
-            f"| {directory.name} | {prediction['lambda_star']:.3f}, {prediction['kind']} "
+            f"| {file.stem} | {prediction['lambda_star']:.3f}, {prediction['kind']} "
             f"| ({bracket['low']:g}, {bracket['high']:g}] | {len(bracket['verdicts']) + 1} "
             f"| {len(trials)} | {early} | {updates} | {updates / spent:.0%} |"
         )
