@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ class Slots:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(ray.exceptions.RayError):  # it may be dead, or busy with a start
+            ray.get(self.keeper.shutdown.remote(), timeout=10)
         ray.kill(self.keeper)
 
     def run(self, configs: Sequence[Config]) -> Iterator[tuple[Config, dict[str, Any]]]:
@@ -111,15 +114,15 @@ class SlotKeeper:
         fixed = {name: value for name, value in arguments.items() if name != "student_path"}
         learner = (config.learner.num_cpus, config.learner.num_gpus, config.learner.dtype)
         wanted = (fixed, config.rollout, learner, config.sync, config.device)
+        run = (config.out, config.name, config.seed)  # never twice at once
         with self._changed:
-            self._changed.wait_for(lambda: self._is_turn_of(teacher))
-            if holder in self._ended:
-                raise ListopdError(f"{holder}: has ended")
+            self._changed.wait_for(lambda: self._is_turn_of(run, teacher))
+            self._check_alive(holder)
             free = self._free()
-            index = next((i for i in free if self._slots[i].built_for == wanted), free[0])
-            slot = self._slots[index]
-            slot.holder = holder
+            slot = next((s for s in free if s.built_for == wanted), free[0])
+            slot.holder, slot.run, slot.is_building = holder, run, True
             self._teacher_in_use = teacher
+        sound = False
         try:
             pool = self._shared_teachers(config, teacher_path, teacher)
             if is_new := not slot.fits(wanted):
@@ -127,13 +130,18 @@ class SlotKeeper:
                 slot.cluster = Cluster(config, teacher_path=None, **arguments)
                 slot.cluster.wait_until_ready()
                 slot.built_for = wanted
+            sound = True
+            with self._changed:
+                slot.is_building = False
+                self._check_alive(holder)
         except BaseException:
-            self.release(holder, sound=False)
+            with self._changed:
+                self._give_back(slot, sound=sound)
             raise
         self._seconds["built" if is_new else "reused"].append(time.perf_counter() - start)
         keeper = ray.get_runtime_context().current_actor
         assert slot.cluster is not None
-        return Lease(slot.cluster.workers, pool, keeper, index)
+        return Lease(slot.cluster.workers, pool, keeper, self._slots.index(slot))
 
     def start_learner(self, index: int, *arguments: Any) -> LearnerHandle:
         cluster = self._slots[index].cluster
@@ -142,28 +150,42 @@ class SlotKeeper:
 
     def release(self, holder: str, *, sound: bool) -> None:
         """Give back what `holder` has, if anything; `sound`: its engines may serve another."""
-        for slot in self._slots:
-            if slot.holder == holder:
-                if not sound:
-                    slot.drop()
-                elif slot.cluster is not None:
-                    slot.cluster.stop_learner()
-                slot.holder = None
         with self._changed:
             self._ended.add(holder)
-            self._changed.notify_all()
+            for slot in self._slots:
+                if slot.holder == holder and not slot.is_building:  # else `lease` does it
+                    self._give_back(slot, sound=sound)
+
+    def shutdown(self) -> None:
+        """End all engines and teachers."""
+        for slot in self._slots:
+            slot.drop()
+        if self._teachers is not None:
+            self._teachers.shutdown()
 
     def seconds(self) -> dict[str, list[float]]:
         """How long every lease took that had to start engines, and every one that had not."""
         return self._seconds
 
-    def _free(self) -> list[int]:
-        return [index for index, slot in enumerate(self._slots) if slot.holder is None]
+    def _free(self) -> list[_Slot]:
+        return [slot for slot in self._slots if slot.holder is None]
 
-    def _is_turn_of(self, teacher: Any) -> bool:
-        free = self._free()
-        unused = len(free) == len(self._slots)
-        return bool(free) and (unused or self._teacher_in_use == teacher)
+    def _is_turn_of(self, run: Any, teacher: Any) -> bool:
+        taken = [slot for slot in self._slots if slot.holder is not None]
+        fits = not taken or self._teacher_in_use == teacher
+        return len(taken) < len(self._slots) and fits and all(slot.run != run for slot in taken)
+
+    def _check_alive(self, holder: str) -> None:
+        if holder in self._ended:
+            raise ListopdError(f"{holder}: has ended")
+
+    def _give_back(self, slot: _Slot, *, sound: bool) -> None:
+        if not sound:
+            slot.drop()
+        elif slot.cluster is not None:
+            slot.cluster.stop_learner()
+        slot.holder, slot.run, slot.is_building = None, None, False
+        self._changed.notify_all()
 
     def _shared_teachers(self, config: Config, teacher_path: Path, wanted: Any) -> TeacherPool:
         """One set for all slots; made anew for another teacher, and where one of them has died."""
@@ -182,6 +204,8 @@ class _Slot:
         self.cluster: Cluster | None = None
         self.built_for: Any = None
         self.holder: str | None = None
+        self.run: Any = None  # the holder's
+        self.is_building = False
 
     def fits(self, wanted: Any) -> bool:
         return self.cluster is not None and self.built_for == wanted and _alive(self.cluster)

@@ -117,7 +117,8 @@ def read_prediction(config: Config) -> dict[str, Any]:
         raise ListopdError(f"prediction: {file}: no prediction.json of `listopd calibrate`")
     for key in ("lambda_star", "escape", "clip"):
         value = prediction.get(key)
-        if value is not None and not (isinstance(value, int | float) and 1 <= value < math.inf):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and 1 <= value < math.inf):
             raise ListopdError(f"prediction: {file}: {key} is {value!r}, not a number ≥ 1")
     clip = math.inf if prediction["clip"] is None else prediction["clip"]
     if clip != config.clip:

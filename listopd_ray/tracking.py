@@ -254,7 +254,7 @@ def read_json(file: Path, what: str) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ListopdError(f"{what}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ListopdError(f"{what}: not JSON") from None
 
 

@@ -61,16 +61,18 @@ class Bracket:
         self.asked: list[float] = list(state["asked"]) if state else []
         outcomes = [Outcome(**trial) for trial in state["trials"]] if state else []
         self.outcomes = {(o.lam, o.seed): o for o in outcomes}  # in the order they first ended
+        self._failed_updates: int = state["failed_updates"] if state else 0
         self._failures: Counter[tuple[float, int]] = Counter()
         self._running: set[tuple[float, int]] = set()
 
     def state(self) -> dict[str, Any]:
         """All that a restarted search needs, as JSON."""
-        return {"asked": self.asked, "trials": [asdict(o) for o in self.outcomes.values()]}
+        trials = [asdict(outcome) for outcome in self.outcomes.values()]
+        return {"asked": self.asked, "trials": trials, "failed_updates": self._failed_updates}
 
     def next_job(self) -> Job | None:
-        """A trial to start now. None: `done`, given up, or to be asked again once one has ended."""
-        job = None if self.given_up else self._next_job()
+        """A trial to start now. None: at an end, or to be asked again once a trial has ended."""
+        job = None if self.given_up or self.blind else self._next_job()
         if job is not None:
             self._running.add((job.lam, job.seed))
         return job
@@ -84,15 +86,34 @@ class Bracket:
         spent = outcome.updates + (before.updates if before is not None else 0)
         self.outcomes[key] = replace(outcome, updates=max(spent, outcome.step))
 
-    def fail(self, lam: float, seed: int) -> None:
-        """A trial ended without a result: it is asked for again."""
+    def fail(self, lam: float, seed: int, updates: int = 0) -> None:
+        """A trial ended without a result, after so many updates: it is asked for again."""
         self._running.discard((lam, seed))
         self._failures[lam, seed] += 1
+        self._failed_updates += updates
 
     @property
     def given_up(self) -> bool:
         """Some trial has failed too often."""
         return any(count >= self._attempts for count in self._failures.values())
+
+    @property
+    def blind(self) -> bool:
+        """So little parses at λ = 1, or so few outputs were counted, that half of it could be told
+        neither from all of it nor from nothing."""
+        floor = self._floor()
+        for share in (0, 1) if floor else ():
+            verdict = judge(
+                [replace(o, parsed=share * o.parsed) for o in floor], floor, self._error
+            )
+            if verdict is None or not self.is_clear(verdict):
+                return True
+        return False
+
+    @property
+    def updates(self) -> int:
+        """Spent by all trials, those that failed included."""
+        return self._failed_updates + sum(o.updates for o in self.outcomes.values())
 
     @property
     def done(self) -> bool:
@@ -123,13 +144,16 @@ class Bracket:
 
     @property
     def student_seed(self) -> int:
-        """Of the one run at the recommended λ."""
-        return self._seeds[0]
+        """Of the one run at the recommended λ: the seed that parses best at `low`."""
+        at_low = {s: self.outcomes.get((self.low, s)) for s in self._seeds}
+        return max(at_low, key=lambda s: rate(o) if (o := at_low[s]) else 0.0)
 
     @property
-    def confidence(self) -> float:
-        """Probability that neither end's verdict is wrong, for these seeds."""
-        ends = [self.verdict(lam) for lam in (self.low, self.high) if lam not in (None, 1.0)]
+    def confidence(self) -> float | None:
+        """Probability that neither end's verdict is wrong, for these seeds; None without `high`."""
+        if self.high is None:
+            return None
+        ends = [self.verdict(lam) for lam in (self.low, self.high) if lam != 1.0]
         return max(0.0, 1 - sum(verdict.error for verdict in ends if verdict is not None))
 
     def is_clear(self, verdict: Verdict) -> bool:
@@ -220,14 +244,13 @@ class Bracket:
 
     def _next_places(self) -> list[int]:
         """Where to look next: at the predicted interval's ends; beyond, in growing steps; then
-        between what holds and what breaks. Half a step beside what is too close to call. Empty: the
-        bracket is closed."""
+        between what holds and what breaks. Beside what is too close to call. Empty: the bracket is
+        closed."""
         judged = {self._place(lam) for lam in self.asked}
         low, high = self._ends()
         unclear = [p for p in judged if low < p < (high or math.inf)]
         if unclear:
-            sides = [min(unclear) - 1, max(unclear) + 1]
-            return [place for place in sides if low < place < (high or self._top + 1)]
+            return self._beside(unclear, low, self._top + 1 if high is None else high)
         at_once = self._lams_at_once
         width = self._first_high - self._first_low
         if high is None:
@@ -244,6 +267,13 @@ class Bracket:
         steps = (high - low) // HALVES
         between = {steps * n // (at_once + 1) for n in range(1, at_once + 1)} - {0}
         return [low + HALVES * step for step in sorted(between)]
+
+    def _beside(self, unclear: Sequence[int], low: int, high: int) -> list[int]:
+        """Places nearer to `low` and to `high`, in steps that double while they are unclear too."""
+        step = 2 ** (len(unclear) - 1)
+        below = max(min(unclear) - step, (low + min(unclear)) // 2)
+        above = min(max(unclear) + step, (high + max(unclear) + 1) // 2)
+        return [place for place in (below, above) if low < place < high and place not in unclear]
 
     def _ends(self) -> tuple[int, int | None]:
         """Places of the largest λ that clearly holds, and of the smallest above that breaks."""

@@ -73,7 +73,7 @@ class Display:
 
     def _standing(self) -> str:
         high = "∞" if self._bracket.high is None else f"{self._bracket.high:g}"
-        spent = sum(outcome.updates for outcome in self._bracket.outcomes.values())
+        spent = self._bracket.updates
         minutes = (time.monotonic() - self._begun) / 60
         return f"({self._bracket.low:g}, {high}], {spent} updates, {minutes:.0f} min"
 
@@ -130,7 +130,7 @@ def outcome_json(
     keys = ("kind", "lambda_star", "lambda_star_low", "lambda_star_high")
     predicted = {key: prediction.get(key) for key in keys}
     test = judge("search", {**predicted, **known}, onset, config.search.resolution)
-    masses = ("binding_class", "teacher_mass", "base_mass")
+    masses = [k for k in ("binding_class", "teacher_mass", "base_mass") if prediction[k]]
     student = bracket.outcomes[bracket.recommended, bracket.student_seed]
     return {
         **onset,
@@ -145,10 +145,10 @@ def outcome_json(
         "inside": test["inside"],
         "recommended": bracket.recommended,
         "student": {"seed": student.seed, "parse_rate": rate(student)},
-        "updates": sum(outcome.updates for outcome in bracket.outcomes.values()),
+        "updates": bracket.updates,
         "seconds": state["seconds"],
         "slots": state["slots"],
-        **{key: prediction[key] for key in masses if key in prediction},
+        **{key: prediction[key] for key in masses},
         "hashes": state["hashes"],
         "verdicts": [
             {"lam": lam, "verdict": verdict_text(bracket, lam), **_verdict_row(bracket, lam)}
@@ -187,7 +187,8 @@ def draw_bracket(outcome: Mapping[str, Any], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     numbers = range(len(trials) + 1)
     lows, highs = [], []
-    top = max(trial["lam"] for trial in trials) + outcome["resolution"]
+    star, low, high = (predicted[f"lambda_star{end}"] for end in ("", "_low", "_high"))
+    top = max([trial["lam"] for trial in trials] + [star or 1.0]) + outcome["resolution"]
     for number in numbers:
         known = {lam: text for lam, text in verdicts.items() if last[lam] <= number}
         lows.append(max((lam for lam, text in known.items() if text == "holds"), default=1.0))
@@ -196,7 +197,6 @@ def draw_bracket(outcome: Mapping[str, Any], file: Path) -> None:
     axes.fill_between(
         numbers, lows, highs, step="post", color="#000000", alpha=0.08, lw=0, label="bracket"
     )
-    star, low, high = (predicted[f"lambda_star{end}"] for end in ("", "_low", "_high"))
     if star is not None:
         axes.axhline(star, color=ORANGE, ls="--", lw=1.4, label=f"λ*: {predicted['kind']}")
         if low is not None and high is not None:

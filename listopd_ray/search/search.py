@@ -36,6 +36,7 @@ from listopd_ray.tracking import check_unchanged, check_writable, read_json, rep
 from listopd_ray.types import ListopdError
 from listopd_ray.warmstart import warm_start
 
+MAX_PREDICTED = 1e6  # λ; more is no prediction
 MAY_CHANGE = ("search.slots", "search.attempts", "search.num_samples")  # between sittings
 
 
@@ -45,21 +46,23 @@ def search_job(config: SearchConfig) -> None:
     directory = run_directory(config)
     if (directory / "config.yaml").exists():
         check_unchanged(config, but_for=MAY_CHANGE)
-    directory.mkdir(parents=True, exist_ok=True)
-    replace_file(directory / "config.yaml", dump_config(config))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        replace_file(directory / "config.yaml", dump_config(config))
+    except OSError as error:
+        raise ListopdError(f"{directory}: cannot write: {error.strerror}") from None
     run = with_values(config, {"out": str(directory / "trials"), "prediction": None})
     with ray_session():
         hashes = _warm_starts(config, run)
         with Slots(run, config.search.slots) as slots:
+            state = _read_state(directory, hashes)
             if config.search.algorithm != "bracket":
+                replace_file(directory / "search.json", json.dumps(state) + "\n")
                 return run_space(config, run, slots)
             prediction = _prediction(config, run, slots, hashes)
-            state = _read_state(directory, hashes)
             bracket = _bracket(config, prediction, state)
             if not bracket.done:
                 _run_trials(config, run, slots, bracket, prediction, state)
-    if not bracket.done:
-        raise ListopdError(f"{directory}: given up; the same command again goes on")
     outcome = outcome_json(config, bracket, prediction, state)
     _take_student(run, bracket, directory / "student")
     draw_bracket(outcome, directory / "bracket.svg")
@@ -94,10 +97,15 @@ def _run_trials(
             slots=config.search.slots,
             show=display.show,
         )
-    seconds = ray.get(slots.keeper.seconds.remote())
-    for kind, values in seconds.items():
+    for kind, values in ray.get(slots.keeper.seconds.remote()).items():
         state["slots"][kind] += values
     save()
+    if bracket.blind:
+        at_one = 2 * (bracket.floor or 0.0)
+        raise ListopdError(
+            f"strict parse at λ = 1 is {at_one:.4f}: half of that cannot be told from nothing or "
+            "from all of it; train longer, or count more outputs (evaluation.num_prompts)"
+        )
     if bracket.given_up:
         raise ListopdError(
             f"{display.last_error}; given up after {config.search.attempts} attempts: the same "
@@ -109,14 +117,17 @@ def _read_state(directory: Path, hashes: dict[str, Any]) -> dict[str, Any]:
     file = directory / "search.json"
     if not file.exists():
         slots: dict[str, list[float]] = {"built": [], "reused": []}
-        return {"asked": [], "trials": [], "seconds": 0.0, "slots": slots, "hashes": hashes}
+        empty = {"asked": [], "trials": [], "failed_updates": 0, "seconds": 0.0}
+        return empty | {"slots": slots, "hashes": hashes}
     state = read_json(file, str(file))
     try:
-        for trial in state["trials"]:
-            Outcome(**trial)
-        seconds = [*state["slots"]["built"], *state["slots"]["reused"], state["seconds"]]
+        numbers = [*state["asked"], state["failed_updates"], state["seconds"]]
+        numbers += [*state["slots"]["built"], *state["slots"]["reused"]]
+        outcomes = [Outcome(**trial) for trial in state["trials"]]
+        numbers += [n for o in outcomes for n in (o.lam, o.seed, o.step, o.updates)]
+        counted = all(0 <= o.parsed <= o.sampled and o.sampled > 0 for o in outcomes)
+        intact = counted and all(isinstance(number, int | float) for number in numbers)
         begun_with = dict(state["hashes"])
-        intact = all(isinstance(value, int | float) for value in (*seconds, *state["asked"]))
     except (KeyError, TypeError, ValueError):
         intact = False
     if not intact:
@@ -153,7 +164,8 @@ def _prediction(
     file = run_directory(config) / "prediction.json"
     if not file.exists():
         if config.prediction is not None:
-            prediction = _given(config, hashes)
+            prediction = _given(config)
+            _check_origin(config, prediction, hashes)
         else:
             measured = slots.measure(
                 [
@@ -163,19 +175,50 @@ def _prediction(
             )
             prediction = make_prediction(measured, run.clip)
         replace_file(file, json.dumps(prediction, indent=2) + "\n")
-    prediction = read_json(file, str(file))
-    print_prediction({key: value for key, value in prediction.items() if key != "classes"})
+    prediction = _start(read_json(file, str(file)), file)
+    print_prediction(prediction)
     return prediction
 
 
-def _given(config: SearchConfig, hashes: dict[str, Any]) -> dict[str, Any]:
-    """The prediction to start from: of the same data and teacher; other warm starts are near."""
-    prediction = read_prediction(config)
-    made_for = prediction.get("hashes", {})
+def _given(config: SearchConfig) -> dict[str, Any]:
+    """What the prediction file says of where to start."""
+    file = Path(config.prediction or "")
+    return _start(read_prediction(config), file)
+
+
+def _start(content: Any, file: Path) -> dict[str, Any]:
+    """The part of a prediction that a search uses; raises ListopdError where it makes no sense."""
+    try:
+        star = content["lambda_star"]
+        edges = [content.get(f"lambda_star_{side}") for side in ("low", "high")]
+        low, high = (star if edge is None else edge for edge in edges)
+        makes_sense = star is None or 1 <= low <= star <= high < MAX_PREDICTED
+        masses = [content.get(f"{model}_mass") for model in ("teacher", "base")]
+        makes_sense = makes_sense and all(mass is None or 0 <= mass <= 1 for mass in masses)
+        hashes = {name: list(values) for name, values in content.get("hashes", {}).items()}
+    except (KeyError, TypeError, AttributeError):
+        makes_sense = False
+    if not makes_sense:
+        raise ListopdError(f"{file}: no prediction to start from: λ* lies in no interval above 1")
+    return {
+        "kind": str(content.get("kind", "given")),
+        "clip": content["clip"],
+        "lambda_star": star,
+        "lambda_star_low": edges[0],
+        "lambda_star_high": edges[1],
+        "binding_class": str(content.get("binding_class", "")),
+        "teacher_mass": masses[0],
+        "base_mass": masses[1],
+        "hashes": hashes,
+    }
+
+
+def _check_origin(config: SearchConfig, prediction: dict[str, Any], hashes: dict[str, Any]) -> None:
+    """Raises ListopdError for a prediction of other data or teacher; other warm starts are near."""
     for name in ("data", "teacher"):
-        if name in made_for and hashes[name] not in made_for[name]:
+        made_for = prediction["hashes"].get(name)
+        if made_for is not None and hashes[name] not in made_for:
             raise ListopdError(f"prediction: {config.prediction}: was made for another {name}")
-    return {"kind": "given", "lambda_star_low": None, "lambda_star_high": None} | prediction
 
 
 def _warm_starts(config: SearchConfig, run: Config) -> dict[str, Any]:
@@ -205,12 +248,14 @@ def _take_student(run: Config, bracket: Bracket, target: Path) -> None:
 def print_outcome(outcome: dict[str, Any], directory: Path) -> None:
     low, high = outcome["low"], outcome["high"]
     if high is None:
-        print(f"holds at every λ that was tried, up to {low:g}")
+        print(f"no λ was found to break: the largest that holds is {low:g}")
     else:
         print(
             f"onset in ({low:g}, {high:g}] after {outcome['num_steps']} updates at c = "
             f"{outcome['clip']:g}, confidence {outcome['confidence']:.3f} for these seeds"
         )
+        if high - low > 1.001 * outcome["resolution"]:
+            print("wider than the resolution: what lies between is too close to call")
     student = outcome["student"]
     print(
         f"recommended λ = {outcome['recommended']:g}: strict parse {student['parse_rate']:.3f} "
@@ -241,7 +286,7 @@ def _check(config: SearchConfig) -> None:
     distinct = len(set(search.seeds)) == len(search.seeds)
     valid = bool(search.seeds) and min(search.seeds) >= 0 and distinct
     require(valid, "seeds", "give at least one, each once and ≥ 0")
-    require(0 < search.resolution < math.inf, "resolution", "must be finite and > 0")
+    require(1e-4 <= search.resolution < math.inf, "resolution", "must be finite and ≥ 0.0001")
     wide = math.isfinite(search.max_lam) and search.max_lam >= 1 + search.resolution
     require(wide, "max_lam", "must be finite and at least 1 + search.resolution")
     require(0 < search.error < 0.5, "error", "must lie in (0, 0.5)")
@@ -249,9 +294,17 @@ def _check(config: SearchConfig) -> None:
         require(0 <= getattr(search, key) < 1, key, "must lie in [0, 1)")
     require(search.num_samples >= 1, "num_samples", "must be ≥ 1")
     if search.algorithm != "bracket":
+        require(config.prediction is None, "algorithm", "only bracket starts from a prediction")
         return check_space(config)
     require(not search.space, "space", "needs search.algorithm=grid or optuna")
     if not math.isfinite(config.clip):
         raise ListopdError("clip: a search needs a finite c")
     if config.prediction is not None:
-        read_prediction(config)
+        _given(config)
+    # A trial's λ is what it says.
+    constant = config.lam_schedule.kind == "constant" and not isinstance(config.lam, str)
+    if config.governor.enabled or config.alarm.action != "warn" or not constant:
+        raise ListopdError(
+            "governor.enabled, alarm.action, lam_schedule, lam=auto: they move λ or end the trial, "
+            "and the search is to judge the λ that it sets"
+        )

@@ -28,7 +28,8 @@ from listopd_ray.slots import Slots
 from listopd_ray.tracking import read_jsonl, replace_file
 from listopd_ray.types import ListopdError
 
-DOMAINS = ("grid_search", "choice", "uniform", "loguniform", "quniform", "randint")
+LISTS = ("grid_search", "choice")
+RANGES = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2}  # with so many arguments
 # What trials share, or what the search sets itself.
 FIXED = (
     *("name", "out", "cache", "device", "prediction", "tracking", "demo_seeds"),
@@ -149,46 +150,59 @@ def check_space(config: SearchConfig) -> None:
         raise ListopdError("evaluation.every: must be > 0: search.metric is of evaluations")
     seeds_of_space(config)
     for key, spec in search.space.items():
+        if not isinstance(key, str):
+            raise ListopdError(f"search.space.{key}: no key of the configuration")
         if key in FIXED or key.split(".")[0] in FIXED:
             raise ListopdError(f"search.space.{key}: trials share it")
-        domain = _domain(key, spec)
-        is_grid = isinstance(domain, dict)
-        if is_grid and search.algorithm == "optuna":
+        name, arguments = _parse(key, spec)
+        if name == "grid_search" and search.algorithm == "optuna":
             raise ListopdError(f"search.space.{key}: optuna takes choice, not grid_search")
-        values = domain["grid_search"] if is_grid else [domain.sample()]
-        for value in values:
+        for value in arguments[:2] if name not in LISTS else arguments:  # a range by its ends
             try:
                 with_values(config, {key: value})
             except ListopdError as error:
                 raise ListopdError(f"search.space.{key}: {error}") from None
+    names = [next(iter(spec)) for spec in search.space.values()]
+    if search.algorithm == "grid" and set(names) == {"grid_search"} and search.num_samples > 1:
+        raise ListopdError("search.num_samples: a grid that is run again gives the same trials")
 
 
 def seeds_of_space(config: SearchConfig) -> list[int]:
     """Those that a trial may have; raises ListopdError where they cannot be listed."""
-    spec = config.search.space.get("seed")
-    if spec is None:
+    if "seed" not in config.search.space:
         return [config.seed]
-    _domain("seed", spec)
-    name, values = next(iter(spec.items()))
-    if name not in ("choice", "grid_search"):
+    name, values = _parse("seed", config.search.space["seed"])
+    if name not in LISTS:
         raise ListopdError("search.space.seed: give choice or grid_search: warm starts come first")
-    return list(values)
+    return values
 
 
 def _domain(key: str, spec: Any) -> Any:
     """{uniform: [1, 2]} → tune.uniform(1, 2); choice and grid_search take the list itself."""
-    if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in DOMAINS:
+    name, arguments = _parse(key, spec)
+    return getattr(tune, name)(*([arguments] if name in LISTS else arguments))
+
+
+def _parse(key: str, spec: Any) -> tuple[str, list[Any]]:
+    """Name and arguments of a distribution; raises ListopdError where it is none."""
+    known = (*LISTS, *RANGES)
+    if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in known:
         raise ListopdError(
-            f"search.space.{key}: give one of {', '.join(DOMAINS)} with a list, not {spec}"
+            f"search.space.{key}: give one of {', '.join(known)} with a list, not {spec}"
         )
     name, arguments = next(iter(spec.items()))
     if not isinstance(arguments, list) or not arguments:
         raise ListopdError(f"search.space.{key}.{name}: give a list, not {arguments}")
-    whole = name in ("choice", "grid_search")
-    try:
-        return getattr(tune, name)(*([arguments] if whole else arguments))
-    except (TypeError, ValueError) as error:
-        raise ListopdError(f"search.space.{key}.{name}: {error}") from None
+    if name in RANGES:
+        numbers = all(isinstance(value, int | float) for value in arguments)
+        if not numbers or len(arguments) != RANGES[name] or not arguments[0] < arguments[1]:
+            what = "low, high" if RANGES[name] == 2 else "low, high and a step"
+            raise ListopdError(f"search.space.{key}.{name}: give {what}, not {arguments}")
+        if name == "loguniform" and arguments[0] <= 0:
+            raise ListopdError(f"search.space.{key}.{name}: must be > 0, not {arguments[0]}")
+    elif any(value in arguments[:n] for n, value in enumerate(arguments)):
+        raise ListopdError(f"search.space.{key}.{name}: give every value once")
+    return name, arguments
 
 
 def _table(config: SearchConfig, rows: list[dict[str, Any]]) -> Table:

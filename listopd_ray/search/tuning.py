@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-import tempfile
+import shutil
 from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
@@ -56,15 +56,15 @@ def distil_trial(values: dict[str, Any], *, config: Config, keeper: Any) -> None
 
     if _stopped_file(run).exists() and TO_THE_END not in values:
         return report(read_json(_stopped_file(run), str(_stopped_file(run))))
-    if summary_file.exists():  # finished when the driver died
-        summary = read_json(summary_file, str(summary_file))
-    else:
+    if not summary_file.exists():  # else it was finished when the driver died
         for row in read_jsonl(run_directory(run) / "metrics.jsonl"):  # of an interrupted trial
             latest.update(row)
         prepared = prepared_for(run)
         holder = tune.get_context().get_trial_id()
         lease = ray.get(keeper.lease.remote(run, prepared.cluster_arguments(), holder))
-        summary = distill(run, prepared, lease, report)
+        if not summary_file.exists():  # else a trial of the same values had the slot before
+            distill(run, prepared, lease, report)
+    summary = read_json(summary_file, str(summary_file))
     student = summary["student"]
     counts = {
         "finished": True,
@@ -108,7 +108,8 @@ class BracketSearcher(Searcher):
             return None
         job = self._bracket.next_job()
         if job is None:
-            assert self._live or self._bracket.done or self._bracket.given_up
+            bracket = self._bracket
+            assert self._live or bracket.done or bracket.given_up or bracket.blind
             return None if self._live else Searcher.FINISHED
         self._save()
         self._live[trial_id] = job
@@ -131,7 +132,7 @@ class BracketSearcher(Searcher):
             return
         outcome = self._outcome(job, result, steps) if result and not error else None
         if outcome is None:
-            self._bracket.fail(job.lam, job.seed)
+            self._bracket.fail(job.lam, job.seed, sum(step > 0 for step in steps))
         else:
             self._bracket.record(outcome)
         self._save()
@@ -234,7 +235,9 @@ def run_tune(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # nor this: `show` says what fails
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # a run writes its own metrics
     trainable = tune.with_parameters(distil_trial, config=config, keeper=keeper)
-    with tempfile.TemporaryDirectory(prefix="listopd-tune-") as scratch:
+    scratch = Path(config.out).with_name("tune")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
+    try:
         tuner = tune.Tuner(
             # Tune wants something reserved, and the slots may hold every CPU.
             tune.with_resources(trainable, tune.PlacementGroupFactory([{"memory": 1 << 20}])),
@@ -248,13 +251,15 @@ def run_tune(
             ),
             run_config=tune.RunConfig(
                 name="trials",
-                storage_path=scratch,
+                storage_path=str(scratch.absolute()),
                 stop=stopper,
                 verbose=0,
                 callbacks=[GiveBack(keeper, show)],
             ),
         )
         tuner.fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def short(value: Any) -> str:

@@ -14,7 +14,13 @@ import ray
 from ray import cloudpickle, tune
 
 from listopd_ray.calibrate import read_onset
-from listopd_ray.config import run_directory
+from listopd_ray.config import (
+    AlarmConfig,
+    EvaluationConfig,
+    GovernorConfig,
+    Schedule,
+    run_directory,
+)
 from listopd_ray.job_config import CalibrateConfig, SearchConfig, SearchSection
 from listopd_ray.search import search as search_module
 from listopd_ray.search import tuning
@@ -198,7 +204,7 @@ def test_another_configuration_under_the_same_name_is_refused(whole, changes, me
         (dict(seeds=[]), "search.seeds: give at least one"),
         (dict(seeds=[1, 1]), "each once"),
         (dict(slots=0), "search.slots: must be ≥ 1"),
-        (dict(resolution=0.0), "search.resolution: must be finite and > 0"),
+        (dict(resolution=0.0), "search.resolution: must be finite and ≥ 0.0001"),
         (dict(max_lam=1.01), "search.max_lam: must be finite and at least"),
         (dict(error=0.5), "search.error: must lie in"),
         (dict(space={"lr": {"uniform": [1, 2]}}), "search.space: needs search.algorithm"),
@@ -210,10 +216,95 @@ def test_another_configuration_under_the_same_name_is_refused(whole, changes, me
         (dict(algorithm="grid", space={"lr": {"uniform": [1]}}), "search.space.lr.uniform"),
         (dict(algorithm="optuna", space={"lr": {"grid_search": [1]}}), "optuna takes choice"),
         (dict(algorithm="grid", space={"seed": {"randint": [0, 9]}}), "search.space.seed"),
+        (dict(algorithm="grid", space={"lr": {"uniform": [2, 1]}}), "give low, high, not"),
+        (dict(algorithm="grid", space={"clip": {"uniform": [0, 3]}}), "clip: c must be > 1"),
+        (dict(algorithm="grid", space={"lam": {"grid_search": [1, 1]}}), "give every value once"),
+        (dict(algorithm="grid", space={"learner.dtype": {"choice": ["x"]}}), "trials share it"),
+        (dict(algorithm="grid", space={"lam": {"grid_search": [1]}}, num_samples=2), "the same"),
+        (dict(algorithm="optuna", space={"lr": {"uniform": [1, 2]}}), "evaluation.every"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(made_up, settings, message):
     config = made_up("bad", **settings)
+    if "algorithm" in settings:
+        config = replace(config, prediction=None)
+    if "evaluation.every" in message:
+        config = replace(config, evaluation=EvaluationConfig(every=0))
     with pytest.raises(ListopdError, match=message):
         search_job(config)
     assert not run_directory(config).exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"governor": GovernorConfig(enabled=True)},
+        {"alarm": AlarmConfig(action="rollback")},
+        {"lam": "auto"},
+        {"lam_schedule": Schedule(kind="linear", final=1.0)},
+    ],
+)
+def test_what_moves_lam_during_a_trial_is_refused(made_up, changes):
+    config = replace(made_up("moving"), **changes)
+    with pytest.raises(ListopdError, match="the search is to judge the λ that it sets"):
+        search_job(config)
+    assert not run_directory(config).exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"lambda_star": 1.3}',
+        '{"lambda_star": 1.3, "clip": 5.0}',
+        '{"lambda_star": true, "clip": 2.0}',
+        '{"lambda_star": 1e308, "clip": 2.0}',
+        '{"lambda_star": 0.5, "clip": 2.0}',
+        '{"lambda_star": 1.3, "clip": 2.0, "lambda_star_low": "a"}',
+        '{"lambda_star": 1.3, "clip": 2.0, "lambda_star_low": -4}',
+        '{"lambda_star": 1.3, "clip": 2.0, "lambda_star_low": 1.4}',
+        '{"lambda_star": 1.3, "clip": 2.0, "lambda_star_high": Infinity}',
+        '{"lambda_star": 1.3, "clip": 2.0, "lambda_star_low": NaN}',
+        '{"lambda_star": 1.3, "clip": 2.0, "hashes": {"data": 3}}',
+    ],
+)
+def test_a_prediction_that_makes_no_sense_is_refused_before_anything_is_written(made_up, content):
+    config = made_up("senseless")
+    assert config.prediction is not None
+    Path(config.prediction).write_text(content)
+    with pytest.raises(ListopdError, match=r"prediction\.json"):
+        search_job(config)
+    assert not run_directory(config).exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "{}",
+        "[]",
+        '{"asked": [], "trials": [{}], "failed_updates": 0, "seconds": 0, "hashes": {}}',
+    ],
+)
+def test_a_damaged_state_is_refused_and_kept(made_up, content):
+    config = made_up("damaged")
+    run_directory(config).mkdir(exist_ok=True)
+    file = run_directory(config) / "search.json"
+    file.write_text(content)
+    with pytest.raises(ListopdError, match=r"search\.json: not"):
+        search_job(config)
+    assert file.read_text() == content
+
+
+def test_too_little_parsed_at_lam_one_ends_the_search_with_one_line(made_up, monkeypatch):
+    def barely(values, *, config, keeper):
+        counts = {"parsed": 2, "sampled": 1000, "train/step": NUM_STEPS}
+        tune.report({"finished": True, "contract/parse_rate": 0.002, **counts})
+
+    config = made_up("blind")
+    monkeypatch.setattr(tuning, "distil_trial", barely)
+    with pytest.raises(ListopdError, match=r"strict parse at λ = 1 is 0\.0020"):
+        search_job(config)
+    assert not (run_directory(config) / "bracket.json").exists()

@@ -3,6 +3,7 @@ prompts, two or more at a time, ending in any order."""
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import json
 import zlib
@@ -238,6 +239,51 @@ def test_an_onset_just_above_one_is_bracketed_by_it():
     simulate(world, bracket)
     assert (bracket.low, bracket.high) == (1.0, 1.1)
     assert bracket.recommended == 1.0
+
+
+@pytest.mark.parametrize("onsets", [(1.2, 1.2, 1.7, 1.7), (1.2, 1.25, 1.7, 1.75), (1.3, 9.0)])
+def test_a_plateau_at_the_floor_is_crossed_in_growing_steps_and_left_out(onsets):
+    """Half of the seeds hold and half break, on the way from one onset to the other."""
+    world = World(0, num_seeds=len(onsets))
+    world.onsets, world.tops = np.array(onsets), np.full(len(onsets), 0.8)
+    bracket = make_bracket(world, near(1.5))
+    trials = len(simulate(world, bracket))
+    assert trials < 80  # half a step at a time it would be up to 454
+
+
+@pytest.mark.parametrize(("top", "num_prompts"), [(0.0, 512), (0.004, 512), (0.8, 2)])
+def test_a_floor_from_which_nothing_can_be_told_ends_the_search_at_once(top, num_prompts):
+    world = World(0, num_prompts=num_prompts)
+    world.tops[:] = top
+    bracket = make_bracket(world, near(1.3))
+    jobs = [bracket.next_job() for _ in range(5)]
+    for job in jobs:
+        bracket.record(world.run(job))
+    assert bracket.blind
+    assert bracket.next_job() is None
+
+
+def test_the_student_has_the_seed_that_parses_best_at_the_lower_end():
+    for number in range(20):
+        world = World(number)
+        bracket = make_bracket(world, near(1.3))
+        jobs = simulate(world, bracket)
+        assert jobs[-1].lam == bracket.recommended
+        student = bracket.outcomes[bracket.recommended, bracket.student_seed]
+        assert rate(student) > bracket.floor
+
+
+def test_updates_of_failed_and_of_forgotten_attempts_count():
+    world = World(0)
+    bracket = make_bracket(world, near(1.3))
+    job = bracket.next_job()
+    bracket.fail(job.lam, job.seed, updates=7)
+    restored = make_bracket(world, near(1.3), state=bracket.state())
+    job = restored.next_job()
+    outcome = world.run(job)
+    # Finished under a driver that was killed: no report reached this one.
+    restored.record(dataclasses.replace(outcome, updates=0))
+    assert restored.updates == 7 + BUDGET
 
 
 def test_no_trial_is_started_that_may_turn_out_superfluous():
