@@ -1,4 +1,4 @@
-"""Places the roles on a Ray cluster and hands out their verbs. With the search, the only Ray code.
+"""Places the roles on a Ray cluster and hands out their verbs.
 
 A handle's verb takes and returns object references where the data is big, so that rollouts go from
 worker to teacher to learner without passing through the driver.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,16 @@ def use_shared_slots(shared_slots: Slots, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def real_search(config: Config, name: str, **settings) -> SearchConfig:
-    changes = {"num_steps": 3, "evaluation.every": 0, "teacher.warmstart.seed": 0}
-    plain = with_values(config, changes | {"name": name})
+    """Three updates on a warm start that mostly parses (0.72)."""
+    changes = {
+        "name": name,
+        "num_steps": 3,
+        "evaluation.every": 0,
+        "student.warmstart.num_steps": 150,
+        "student.warmstart.format_noise": 0.02,
+        "teacher.warmstart.seed": 0,
+    }
+    plain = with_values(config, changes)
     return SearchConfig(**vars(plain), search=SearchSection(**settings))
 
 
@@ -48,15 +57,15 @@ def test_real_trials_are_searched_interrupted_and_continued(
     request: pytest.FixtureRequest,
 ) -> None:
     settings = dict(seeds=[0, 1], resolution=0.1, max_lam=1.2, error=0.4)
-    interrupted = real_search(config, "interrupted", **settings)
+    interrupted, whole = (real_search(config, n, **settings) for n in ("interrupted", "whole"))
     stop_search(3)
     with pytest.raises(KeyboardInterrupt):
         search_job(interrupted)
     stop_search()
     request.getfixturevalue("use_shared_slots")
     search_job(interrupted)
-    whole = real_search(config, "whole", **settings)
-    search_job(whole)
+    prediction = run_directory(interrupted) / "prediction.json"
+    search_job(replace(whole, prediction=str(prediction)))
     result, again = outcome(whole), outcome(interrupted)
     for key in ("low", "high", "confidence", "verdicts", "floor", "recommended"):
         assert again[key] == result[key]  # λ sequence and every count
@@ -86,15 +95,20 @@ def test_grids_and_optuna_run_the_same_trials_over_any_key(
 
     space = {"clip": {"uniform": [1.5, 3.0]}}
     options = dict(algorithm="optuna", asha=True, rung=1, space=space)
-    optuna = real_search(config, "optuna", num_samples=2, **options)
-    search_job(optuna)
-    file = run_directory(optuna) / "trials.jsonl"
+
+    def optuna(number: int) -> SearchConfig:
+        plain = real_search(config, "optuna", num_samples=number, **options)
+        return replace(plain, evaluation=replace(plain.evaluation, every=1))
+
+    search_job(optuna(2))
+    file = run_directory(optuna(2)) / "trials.jsonl"
     clips = {json.loads(line)["clip"] for line in file.read_text().splitlines()}
     assert len(clips) == 2
-    search_job(real_search(config, "optuna", num_samples=3, **options))  # one more
+    search_job(optuna(3))  # one more
     again = {json.loads(line)["clip"] for line in file.read_text().splitlines()}
     assert clips < again
     assert len(again) == 3
+    assert any(json.loads(line)["finished"] for line in file.read_text().splitlines())
     assert "best first" in capsys.readouterr().out
 
 
