@@ -57,7 +57,9 @@ def test_real_trials_are_searched_interrupted_and_continued(
     request: pytest.FixtureRequest,
 ) -> None:
     settings = dict(seeds=[0, 1], resolution=0.1, max_lam=1.2, error=0.4)
-    interrupted, whole = (real_search(config, n, **settings) for n in ("interrupted", "whole"))
+    interrupted, whole = (
+        real_search(config, n, **settings) for n in ("search-cut", "search-whole")
+    )
     stop_search(3)
     with pytest.raises(KeyboardInterrupt):
         search_job(interrupted)
