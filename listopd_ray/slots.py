@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Slots:
 
     def run(self, configs: Sequence[Config]) -> Iterator[tuple[Config, dict[str, Any]]]:
         """Trials as they finish, with their summaries; {"error": …} for one that failed."""
-        pool = ActorPool(self._runners())
+        pool = ActorPool(self._runners)
         for number in range(len(configs)):
             pool.submit(lambda actor, n: actor.run.remote(n, configs[n]), number)
         while pool.has_next():
@@ -83,9 +84,11 @@ class Slots:
 
     def measure(self, configs: Sequence[Config]) -> list[Any]:
         """A `calibrate.Measured` for each."""
-        return list(ActorPool(self._runners()).map(lambda a, c: a.measure.remote(c), configs))
+        return list(ActorPool(self._runners).map(lambda a, c: a.measure.remote(c), configs))
 
+    @cached_property
     def _runners(self) -> list[Any]:
+        """As many as slots; they keep a seed's inputs from call to call."""
         runner = ray.remote(Runner).options(num_cpus=0)
         return [runner.remote(self.keeper) for _ in range(self._num_slots)]
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from listopd_ray.cliff.calibration import FLOOR_SHARE
 from listopd_ray.search.judgement import Outcome, Verdict, judge, rate
 
 HALVES = 2  # places a step
@@ -135,7 +136,7 @@ class Bracket:
     def floor(self) -> float | None:
         """Mean strict parse that has to be reached; None before it is measured."""
         floor = self._floor()
-        return sum(map(rate, floor)) / len(floor) / 2 if floor else None
+        return FLOOR_SHARE * sum(map(rate, floor)) / len(floor) if floor else None
 
     @property
     def recommended(self) -> float:

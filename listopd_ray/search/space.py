@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,7 +116,6 @@ def run_space(config: SearchConfig, run: Config, slots: Slots) -> None:
         space = {}
     else:
         options["num_samples"] = search.num_samples
-        random.seed(config.seed)
         searcher = BasicVariantGenerator(random_state=config.seed, max_concurrent=search.slots)
     if options["num_samples"] > 0:
         stopper = CollapseStopper(search, config.num_steps)

@@ -1,6 +1,8 @@
 """What searches cost against a grid with the same seeds, criterion and stopper.
 
-python tests/bench/search_cost.py runs/search-grid runs/search runs/search-calibrated …
+python tests/bench/search_cost.py docs/search/grid.jsonl docs/search/three.json
+
+The arguments are the grid's trials.jsonl and the searches' bracket.json files.
 """
 
 from __future__ import annotations
