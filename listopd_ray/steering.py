@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,23 @@ def check_prediction(config: Config, hashes: dict[str, str]) -> None:
     """Raises ListopdError where the prediction speaks of other data or models than the run's; says
     where it is out of scope and yet to steer."""
     prediction = read_prediction(config)
-    made_for = prediction.get("hashes", {})
-    for name in ("data", "teacher", "warm_start"):
-        if name in made_for and hashes[name] not in made_for[name]:
-            raise ListopdError(f"prediction: {config.prediction}: was made for another {name}")
+    check_origin(config, prediction, hashes)
     if config.governor.enabled or config.lam == "auto":
         for reason in prediction.get("out_of_scope", []):
             print(f"prediction: {config.prediction}: out of scope: {reason}", file=sys.stderr)
+
+
+def check_origin(
+    config: Config,
+    prediction: dict[str, Any],
+    hashes: Mapping[str, Any],
+    names: Sequence[str] = ("data", "teacher", "warm_start"),
+) -> None:
+    """Raises ListopdError for a prediction that was made for another of `names`, by its hashes."""
+    made_for = prediction.get("hashes", {})
+    for name in names:
+        if name in made_for and hashes[name] not in made_for[name]:
+            raise ListopdError(f"prediction: {config.prediction}: was made for another {name}")
 
 
 def read_prediction(config: Config) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from listopd_ray.search.space import check_space, run_space, seeds_of_space
 from listopd_ray.search.tuning import BracketSearcher, CollapseStopper, run_tune, trial_config
 from listopd_ray.slots import Slots
 from listopd_ray.splits import data_directory
-from listopd_ray.steering import read_prediction
+from listopd_ray.steering import check_origin, read_prediction
 from listopd_ray.task.data import dataset_hash
 from listopd_ray.tracking import check_unchanged, check_writable, read_json, replace_file
 from listopd_ray.types import ListopdError
@@ -165,7 +165,8 @@ def _prediction(
     if not file.exists():
         if config.prediction is not None:
             prediction = _given(config)
-            _check_origin(config, prediction, hashes)
+            # Warm starts of other seeds are near enough.
+            check_origin(config, prediction, hashes, names=("data", "teacher"))
         else:
             measured = slots.measure(
                 [
@@ -211,14 +212,6 @@ def _start(content: Any, file: Path) -> dict[str, Any]:
         "base_mass": masses[1],
         "hashes": hashes,
     }
-
-
-def _check_origin(config: SearchConfig, prediction: dict[str, Any], hashes: dict[str, Any]) -> None:
-    """Raises ListopdError for a prediction of other data or teacher; other warm starts are near."""
-    for name in ("data", "teacher"):
-        made_for = prediction["hashes"].get(name)
-        if made_for is not None and hashes[name] not in made_for:
-            raise ListopdError(f"prediction: {config.prediction}: was made for another {name}")
 
 
 def _warm_starts(config: SearchConfig, run: Config) -> dict[str, Any]:
