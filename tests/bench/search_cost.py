@@ -1,6 +1,6 @@
 """What searches cost against a grid with the same seeds, criterion and stopper.
 
-python tests/bench/search_cost.py docs/search/grid.jsonl docs/search/three.json
+cd docs/search; python ../../tests/bench/search_cost.py grid.jsonl five.json doubled.json
 
 The arguments are the grid's trials.jsonl and the searches' bracket.json files.
 """
