@@ -173,7 +173,9 @@ def main(arguments: list[str] | None = None) -> None:
         _dispatch(arguments)
     except ListopdError as error:
         # Ray wraps what an actor raised together with a remote trace.
-        sys.exit(f"listopd: error: {getattr(error, 'cause', error)}")
+        what = "error: " if error.exit_status == 1 else ""
+        print(f"listopd: {what}{getattr(error, 'cause', error)}", file=sys.stderr)
+        sys.exit(error.exit_status)
     except KeyboardInterrupt:
         sys.exit("listopd: interrupted")
     except BrokenPipeError:

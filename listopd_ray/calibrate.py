@@ -71,13 +71,11 @@ def measure_run(config: Config, prepared: Prepared, cluster: Cluster) -> Measure
     workers = cluster.workers.with_seed(config.seed)
     workers.load_weights(learner.publish_weights())
     prompts = prepared.evaluation.prompts[: config.evaluation.num_prompts]
-    generated = workers.generate(prompts, "calibrate")
+    generated = workers.fetch(workers.generate(prompts, "calibrate"))
     teacher = cluster.teacher.with_base(prepared.base_path)
     scored = teacher.fetch(teacher.score(generated))
     judged = [
-        judge_rollout(rollout, prepared.text)
-        for part in workers.fetch(generated)
-        for rollout in part.rollouts
+        judge_rollout(rollout, prepared.text) for part in generated for rollout in part.rollouts
     ]
     return Measured(
         masses=measure([rollout for part in scored for rollout in part.rollouts]),

@@ -1,82 +1,296 @@
-"""Checkpoints of a run: `checkpoints/step-000040/`, complete or not there at all."""
+"""Checkpoints of a run, on any path that fsspec knows; complete or not there at all.
+
+    <root>/LATEST                      name of the newest
+    <root>/step-000040/manifest.json   SHA-256 and size of every other file
+                      /state.json      where the loop is
+                      /…               the learner's
+
+A checkpoint is written beside its place, brought to the disk and renamed. Where a file is not as
+the manifest says (disks lose bytes, object stores rename file by file) the one before counts.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-HEALTHY = "healthy"  # the empty file that marks such a checkpoint
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
+
+from listopd_ray.types import ListopdError
+
+MANIFEST = "manifest.json"
+HEALTHY = "healthy"  # the empty file that marks such a checkpoint; it may come later
+
+Files = dict[str, dict[str, Any]]  # path within a checkpoint → {"sha256": …, "bytes": …}
+
+
+class CorruptCheckpoint(ListopdError):  # noqa: N818 - what it is, not what went wrong
+    """A file of it is missing, or not what was written."""
 
 
 class Saves(Protocol):
-    def save(self, directory: Path) -> None: ...
+    def save(self, url: str) -> Files: ...
 
-    def restore(self, directory: Path) -> None: ...
-
-
-def save_checkpoint(
-    root: Path, step: int, learner: Saves, state: dict[str, Any], *, keep: int, healthy: bool
-) -> None:
-    """Write learner and `state` (JSON) after `step` updates.
-
-    Keeps the newest `keep`, and the newest healthy one to roll back to.
-    """
-    target = _path(root, step)
-    partial = root / f"{target.name}.tmp"
-    for remains in root.glob("step-*.tmp"):
-        shutil.rmtree(remains)
-    partial.mkdir(parents=True)
-    learner.save(partial)
-    (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=2))
-    if healthy:
-        (partial / HEALTHY).touch()
-    if target.exists():
-        _remove(target)
-    os.replace(partial, target)
-    complete = _complete(root)
-    healthy_ones = [path for path in complete if (path / HEALTHY).exists()]
-    for old in complete[:-keep]:
-        if old not in healthy_ones[-1:]:
-            _remove(old)
+    def restore(self, url: str, files: Files) -> None: ...
 
 
-def mark_healthy(root: Path, step: int) -> None:
-    """The checkpoint after `step` updates, if there is one, is good to roll back to."""
-    if _path(root, step).exists():
-        (_path(root, step) / HEALTHY).touch()
+class Checkpoints:
+    """Those of one run under `root`, a path or URL: of the newest `keep`, the best by its score,
+    and the newest healthy one to roll back to, none is removed."""
 
+    def __init__(self, root: str, keep: int) -> None:
+        self._fs, self._root = url_to_fs(root)
+        self._is_local = isinstance(self._fs, LocalFileSystem)
+        self._keep = keep
 
-def restore_latest(root: Path, learner: Saves) -> dict[str, Any] | None:
-    """Put the newest checkpoint into `learner`; its state, or None where there is none."""
-    complete = _complete(root)
-    if not complete:
+    def save(
+        self,
+        step: int,
+        learner: Saves,
+        state: dict[str, Any],
+        *,
+        healthy: bool,
+        score: float | None = None,
+    ) -> None:
+        """Write learner and `state` (JSON) after `step` updates; `score`: more is better.
+
+        Raises ListopdError where it cannot be written: the ones before are then as they were.
+        """
+        name = f"step-{step:06d}"
+        partial = f"{name}.tmp"
+        for remains in self._names(r"step-\d+(\.old)?\.tmp"):
+            self._fs.rm(self._path(remains), recursive=True)
+        try:
+            files = learner.save(self._url(partial))
+            with _explained(self._url(partial)):
+                text = json.dumps({"step": step, **state}, indent=1)
+                files["state.json"] = _digest_of(text.encode())
+                self._write(f"{partial}/state.json", text)
+                manifest = {"step": step, "score": score, "files": files}
+                self._write(f"{partial}/{MANIFEST}", json.dumps(manifest, indent=1))
+                if healthy:
+                    self._write(f"{partial}/{HEALTHY}", "")
+                if name in self._complete():
+                    self._remove(name)
+                self._move(partial, name)
+        except Exception:
+            with suppress(Exception):  # what is left goes with the next save
+                self._fs.rm(self._path(partial), recursive=True)
+            raise
+        self._prune()
+
+    def mark_healthy(self, step: int) -> None:
+        """The checkpoint after `step` updates, if there is one, is good to roll back to."""
+        name = f"step-{step:06d}"
+        if name in self._complete():
+            self._write(f"{name}/{HEALTHY}", "")
+
+    def restore(self, learner: Saves) -> dict[str, Any] | None:
+        """Put the newest intact checkpoint into `learner`; its state, or None where there is none.
+
+        Those that are not intact are named on standard error and removed. Raises ListopdError where
+        no one is intact.
+        """
+        corrupt: dict[str, CorruptCheckpoint] = {}
+        names = self._complete()
+        for name in reversed(names):
+            try:
+                state = self._restore(name, learner)
+            except CorruptCheckpoint as error:
+                corrupt[name] = error
+                continue
+            for later, reason in corrupt.items():
+                print(f"{_text(reason)}; going on from {name}", file=sys.stderr)
+                self._remove(later)
+            if corrupt:
+                self._point()
+            return state
+        if names:
+            reasons = "; ".join(map(_text, corrupt.values()))
+            raise ListopdError(
+                f"{self._url()}: no checkpoint is intact ({reasons}); remove the run to begin again"
+            )
         return None
-    learner.restore(complete[-1])
-    return json.loads((complete[-1] / "state.json").read_text())
+
+    def drop_unhealthy(self) -> None:
+        """Remove those after the newest healthy one; all stay where none is healthy."""
+        complete = self._complete()
+        healthy = [name for name in complete if self._is_healthy(name)]
+        later = complete[complete.index(healthy[-1]) + 1 :] if healthy else []
+        for name in reversed(later):  # the newest of those left is always one that was reached
+            self._remove(name)
+        if later:
+            self._point()
+
+    def _restore(self, name: str, learner: Saves) -> dict[str, Any]:
+        try:
+            files = json.loads(self._fs.cat_file(self._path(f"{name}/{MANIFEST}")))["files"]
+            text = self._fs.cat_file(self._path(f"{name}/state.json"))
+            intact = _digest_of(text) == files.pop("state.json")
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            intact = False
+        if not intact:
+            raise CorruptCheckpoint(f"{self._url(name)}: {MANIFEST} or state.json is not intact")
+        learner.restore(self._url(name), files)
+        return json.loads(text)
+
+    def _prune(self) -> None:
+        complete = self._complete()
+        kept = set(complete[-self._keep :])
+        kept |= set([name for name in complete if self._is_healthy(name)][-1:])
+        scores = {name: score for name in complete if (score := self._score(name)) is not None}
+        kept |= set(sorted(scores, key=lambda name: scores[name])[-1:])  # the newest of equals
+        for name in complete:
+            if name not in kept:
+                self._remove(name)
+        self._point()
+
+    def _score(self, name: str) -> float | None:
+        try:
+            return json.loads(self._fs.cat_file(self._path(f"{name}/{MANIFEST}")))["score"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None  # `restore` will say so
+
+    def _is_healthy(self, name: str) -> bool:
+        return self._fs.exists(self._path(f"{name}/{HEALTHY}"))
+
+    def _point(self) -> None:
+        """LATEST, for people and other programs."""
+        complete = self._complete()
+        if complete:
+            self._write("LATEST.tmp", f"{complete[-1]}\n")
+            self._move("LATEST.tmp", "LATEST")
+
+    def _complete(self) -> list[str]:
+        return self._names(r"step-\d+")
+
+    def _names(self, pattern: str) -> list[str]:
+        self._fs.invalidate_cache()
+        try:
+            found = [Path(path).name for path in self._fs.ls(self._root, detail=False)]
+        except FileNotFoundError:
+            return []
+        return sorted((n for n in found if re.fullmatch(pattern, n)), key=lambda n: (len(n), n))
+
+    def _remove(self, name: str) -> None:
+        """All at once, as `_complete` sees it."""
+        self._move(name, f"{name}.old.tmp")
+        self._fs.rm(self._path(f"{name}.old.tmp"), recursive=True)
+
+    def _move(self, source: str, target: str) -> None:
+        if self._is_local:
+            os.replace(self._path(source), self._path(target))
+            _sync(self._root)
+        else:
+            self._fs.mv(self._path(source), self._path(target), recursive=True)
+
+    def _write(self, name: str, text: str) -> None:
+        with self._fs.open(self._path(name), "wb") as stream:
+            stream.write(text.encode())
+        if self._is_local:
+            _sync(self._path(name))
+            _sync(os.path.dirname(self._path(name)))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _url(self, name: str = "") -> str:
+        """What another process finds it by."""
+        path = self._path(name).rstrip("/")
+        return path if self._is_local else self._fs.unstrip_protocol(path)
 
 
-def drop_unhealthy(root: Path) -> None:
-    """Remove the checkpoints after the newest healthy one; all stay where none is healthy."""
-    complete = _complete(root)
-    healthy = [path for path in complete if (path / HEALTHY).exists()]
-    later = complete[complete.index(healthy[-1]) + 1 :] if healthy else []
-    for path in reversed(later):  # the newest of those left is always one that was reached
-        _remove(path)
+@contextmanager
+def staged(url: str) -> Iterator[Path]:
+    """An empty local directory; its files are at `url`, and on the disk, when the block ends.
+
+    Raises ListopdError where they cannot be written.
+    """
+    fs, path = url_to_fs(url)
+    with _explained(url):
+        if isinstance(fs, LocalFileSystem):
+            Path(path).mkdir(parents=True)
+            yield Path(path)
+            for file in [*Path(path).rglob("*"), Path(path)]:
+                _sync(str(file))
+            return
+        with TemporaryDirectory() as directory:
+            yield Path(directory)
+            fs.put(f"{directory}/", f"{path}/", recursive=True)
 
 
-def _remove(checkpoint: Path) -> None:
-    """All at once, as `_complete` sees it."""
-    remains = checkpoint.with_name(f"{checkpoint.name}.old.tmp")
-    os.replace(checkpoint, remains)
-    shutil.rmtree(remains)
+@contextmanager
+def fetched(url: str, files: Files) -> Iterator[Path]:
+    """A local directory with these files of `url`; raises CorruptCheckpoint where one is missing or
+    not as it was written."""
+    fs, path = url_to_fs(url)
+    if isinstance(fs, LocalFileSystem):
+        _check(url, Path(path), files)
+        yield Path(path)
+        return
+    with TemporaryDirectory() as directory:
+        for name in files:
+            with suppress(FileNotFoundError):
+                fs.get_file(f"{path}/{name}", f"{directory}/{name}")
+        _check(url, Path(directory), files)
+        yield Path(directory)
 
 
-def _path(root: Path, step: int) -> Path:
-    return root / f"step-{step:06d}"
+def digests(directory: Path) -> Files:
+    """Of all files below `directory`, by their path in it."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(file.relative_to(directory)): _digest(file) for file in files}
 
 
-def _complete(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("step-*") if path.suffix != ".tmp")
+def _check(url: str, directory: Path, files: Files) -> None:
+    for name, digest in files.items():
+        file = directory / name
+        if not file.is_file():
+            raise CorruptCheckpoint(f"{url}: {name} is missing")
+        if (size := file.stat().st_size) != digest["bytes"]:
+            raise CorruptCheckpoint(f"{url}: {name} has {size} of {digest['bytes']} bytes")
+        if _digest(file) != digest:
+            raise CorruptCheckpoint(f"{url}: {name} is not what was written (SHA-256)")
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"sha256": sha256, "bytes": file.stat().st_size}
+
+
+def _digest_of(content: bytes) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+def _sync(path: str) -> None:
+    """A file, or a directory's entries, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ListopdError(f"{url}: cannot write: {error.strerror or error}") from error
+    except SafetensorError as error:  # it wraps what the system says
+        raise ListopdError(f"{url}: cannot write: {error}") from error
+
+
+def _text(error: CorruptCheckpoint) -> str:
+    return str(getattr(error, "cause", error))  # Ray adds a remote trace

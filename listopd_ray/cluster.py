@@ -1,7 +1,7 @@
 """Places the roles on a Ray cluster and hands out their verbs.
 
-A handle's verb takes and returns object references where the data is big, so that rollouts go from
-worker to teacher to learner without passing through the driver.
+The driver holds what passes from role to role: a rollout is small, and what it holds is not lost
+with the actor, or the machine, that made it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,21 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from listopd_ray.checkpoint import Files
 from listopd_ray.config import Config
 from listopd_ray.roles.learner import Learner
 from listopd_ray.roles.rollout import Generated, Request, RolloutWorker
 from listopd_ray.roles.teacher import Scored, Teacher
+from listopd_ray.supervision import (
+    LOST,
+    START_TIMEOUT_S,
+    Faults,
+    LearnerLost,
+    Team,
+    Work,
+    why_lost,
+)
 from listopd_ray.types import ListopdError, Prompt
-
-START_TIMEOUT_S = 600.0
 
 # Freed blocks stay with the process instead of going back to the system and being faulted in again
 # on the next allocation: a fifth of a tiny model's step on the CPU.
@@ -70,102 +79,147 @@ def ray_session() -> Iterator[None]:
 class Workers:
     """The rollout workers as one."""
 
-    def __init__(self, actors: Sequence[Any], seed: int) -> None:
-        self._actors = actors
+    def __init__(self, team: Team, seed: int) -> None:
+        self._team = team
         self._seed = seed
 
     def with_seed(self, seed: int) -> Workers:
         """The same engines, for a run with another seed."""
-        return Workers(self._actors, seed)
+        return Workers(self._team, seed)
 
     def generate(
         self, prompts: Sequence[Prompt], tag: str, *, group_size: int = 1, greedy: bool = False
-    ) -> list[Any]:
-        """Start sampling `group_size` completions a prompt; references to one `Generated` a worker.
+    ) -> list[Work]:
+        """Start sampling `group_size` completions a prompt, a part of them by each worker.
 
         `tag` names the occasion ("train/17"): with the run's seed it fixes every sample's seed.
         """
         requests = make_requests(prompts, self._seed, tag, group_size)
-        bounds = np.linspace(0, len(requests), len(self._actors) + 1).astype(int)
-        return [
-            actor.generate.remote(requests[low:high], greedy)
-            for actor, low, high in zip(self._actors, bounds[:-1], bounds[1:], strict=True)
-            if high > low
-        ]
+        bounds = np.linspace(0, len(requests), len(self._team.actors) + 1).astype(int)
 
-    def fetch(self, generated: list[Any]) -> list[Generated]:
-        """Wait for what `generate` started."""
-        return ray.get(generated)
+        def start(index: int, low: int, high: int) -> Work:
+            part = requests[low:high]
+            return self._team.start(index, lambda a, n: a.generate.remote(part, greedy, n))
+
+        parts = enumerate(pairwise(bounds))
+        return [start(index, low, high) for index, (low, high) in parts if high > low]
+
+    def fetch(self, works: list[Work]) -> list[Generated]:
+        """Wait for what `generate` started. What a worker that died had not finished is made again,
+        with the same seeds, by one that has the current weights."""
+        return self._team.results(works)
 
     def use_checkpoint(self) -> None:
         """Serve the weights that the engines were started with: there is no learner."""
-        ray.get([actor.use_checkpoint.remote() for actor in self._actors])
+        self._everywhere(lambda actor: actor.use_checkpoint.remote())
 
     def load_weights(self, weights: Any) -> float:
-        """Load into every worker; the largest canary difference (nats)."""
-        return max(ray.get([actor.load_weights.remote(weights) for actor in self._actors]))
+        """Load into every worker; the largest canary difference (nats).
+
+        An engine in which that fails is replaced: half-loaded weights are never loaded over.
+        """
+        return max(self._everywhere(lambda actor: actor.load_weights.remote(weights)))
+
+    def _everywhere(self, call: Callable[[Any], Any]) -> list[Any]:
+        team = self._team
+        team.set_up = call
+        works = [team.start(index, lambda a, _: call(a)) for index in range(len(team.actors))]
+        return team.results(works, poisons=True)
 
 
 class TeacherPool:
     """The teacher actors as one."""
 
-    def __init__(self, actors: Sequence[Any], base: str | None = None) -> None:
-        self._actors = actors
+    def __init__(self, team: Team, base: str | None = None) -> None:
+        self._team = team
         self._base = base
 
     def with_base(self, base_path: Path | None) -> TeacherPool:
         """The same actors, for a run with this base (None: none)."""
-        return TeacherPool(self._actors, str(base_path.absolute()) if base_path else None)
+        return TeacherPool(self._team, str(base_path.absolute()) if base_path else None)
 
-    def score(self, generated: list[Any]) -> list[Any]:
-        """Start scoring; references to one `Scored` a `Generated`."""
-        actors, base = self._actors, self._base
-        return [actors[i % len(actors)].score.remote(g, base) for i, g in enumerate(generated)]
+    def score(self, generated: Sequence[Generated]) -> list[Work]:
+        """Start scoring, each on one of the actors."""
+        base, count = self._base, len(self._team.actors)
 
-    def fetch(self, scored: list[Any]) -> list[Scored]:
-        """Wait for what `score` started."""
-        return ray.get(scored)
+        def start(number: int, part: Generated) -> Work:
+            return self._team.start(number % count, lambda a, _: a.score.remote(part, base))
 
-    def score_with(self, model_path: Path, generated: list[Any]) -> list[Any]:
-        """`score` by every actor with another checkpoint in the teacher's place."""
+        return [start(number, part) for number, part in enumerate(generated)]
+
+    def fetch(self, works: list[Work]) -> list[Scored]:
+        """Wait for what `score` started; what an actor that died had not finished is made again."""
+        return self._team.results(works)
+
+    def score_with(self, model_path: Path, generated: Sequence[Generated]) -> list[Scored]:
+        """Scores by every actor with another checkpoint in the teacher's place."""
         path = str(model_path.absolute())
-        return [actor.score_with.remote(path, part) for actor in self._actors for part in generated]
+
+        def start(index: int, part: Generated) -> Work:
+            return self._team.start(index, lambda a, _: a.score_with.remote(path, part))
+
+        indices = range(len(self._team.actors))
+        return self.fetch([start(index, part) for index in indices for part in generated])
 
     def generate(
         self, requests: list[Request], max_new_tokens: int, greedy: bool = False
     ) -> Generated:
-        return ray.get(self._actors[0].generate.remote(requests, max_new_tokens, greedy))
+        arguments = (requests, max_new_tokens, greedy)
+        work = self._team.start(0, lambda a, _: a.generate.remote(*arguments))
+        (generated,) = self._team.results([work])
+        return generated
 
 
 class LearnerHandle:
-    """The learner actor's verbs; each waits for its result but `publish_weights`."""
+    """The learner actor's verbs; each waits for its result.
 
-    def __init__(self, actor: Any) -> None:
+    Raises LearnerLost where it has died or hung: `restart` gives another, at the warm start.
+    """
+
+    def __init__(self, actor: Any, faults: Faults, spawn: Callable[[], Any] | None) -> None:
         self._actor = actor
+        self._faults = faults
+        self._spawn = spawn
 
-    def step(self, scored: list[Any], lam: float, lr: float) -> dict[str, float]:
-        return ray.get(self._actor.step.remote(lam, lr, *scored))
+    def step(self, scored: Sequence[Scored], lam: float, lr: float) -> dict[str, float]:
+        return self._wait(self._actor.step.remote(lam, lr, *scored))
 
-    def check_scores(self, scored: list[Any]) -> dict[str, float]:
-        return ray.get(self._actor.check_scores.remote(*scored))
+    def check_scores(self, scored: Sequence[Scored]) -> dict[str, float]:
+        return self._wait(self._actor.check_scores.remote(*scored))
 
     def publish_weights(self) -> Any:
         """A reference to `Weights`, owned by the driver: it outlives the learner."""
-        return self._actor.publish_weights.remote()
+        weights = self._actor.publish_weights.remote()
+        self._wait(self._actor.__ray_ready__.remote())  # calls are done in order
+        return weights
 
-    def save(self, directory: Path) -> None:
-        ray.get(self._actor.save.remote(str(directory.absolute())))
+    def save(self, url: str) -> Files:
+        return self._wait(self._actor.save.remote(url))
 
-    def restore(self, directory: Path) -> None:
-        ray.get(self._actor.restore.remote(str(directory.absolute())))
+    def restore(self, url: str, files: Files) -> None:
+        self._wait(self._actor.restore.remote(url, files))
 
     def export(self, directory: Path) -> None:
-        ray.get(self._actor.export.remote(str(directory.absolute())))
+        self._wait(self._actor.export.remote(str(directory.absolute())))
+
+    def restart(self, why: Exception) -> None:
+        """Another actor in the place of one that was lost; raises `why` where nobody may."""
+        if self._spawn is None:
+            raise why
+        self._faults.spend("learner", str(why).removeprefix("learner "))
+        self._actor = self._spawn()
+
+    def _wait(self, reference: Any) -> Any:
+        try:
+            return ray.get(reference, timeout=self._faults.timeout_s)  # a step is not interrupted
+        except LOST as error:
+            raise LearnerLost(f"learner {why_lost(error)}") from error
 
 
 class Cluster:
     """One placement group with the rollout workers, the teachers (but for `teacher_path=None`), and
-    room for one learner."""
+    room for one learner. With `supervised` an actor that dies is replaced, as often as the
+    configuration allows."""
 
     def __init__(
         self,
@@ -176,41 +230,51 @@ class Cluster:
         end_ids: tuple[int, ...],
         max_prompt_tokens: int,
         max_new_tokens: int,
+        supervised: bool = True,
     ) -> None:
-        rollout, learner = config.rollout, config.learner
         self._group = _reserve(bundles_of(config, with_teachers=teacher_path is not None))
+        self._supervised = supervised
+        self.faults = Faults(config.faults)
         self._learner: Any = None
-        worker_actors = [
-            _spawn(RolloutWorker, self._group, 1 + index, _vllm_env(config)).remote(
+        rollout, first_teacher = config.rollout, 1 + config.rollout.num_workers
+
+        def start_worker(index: int) -> Any:
+            return _spawn(RolloutWorker, self._group, 1 + index, _vllm_env(config)).remote(
                 rollout,
                 model_path=str(student_path.absolute()),
-                dtype=learner.dtype,
+                dtype=config.learner.dtype,
                 device=config.device,
                 end_ids=end_ids,
                 max_prompt_tokens=max_prompt_tokens,
                 max_new_tokens=max_new_tokens,
                 tolerance=config.sync.tolerance,
             )
-            for index in range(rollout.num_workers)
-        ]
-        teacher_actors = []
-        if teacher_path is not None:
-            first = 1 + rollout.num_workers
-            teacher_actors = _spawn_teachers(config, teacher_path, self._group, first)
-        self.workers = Workers(worker_actors, config.seed)
-        self.teacher = TeacherPool(teacher_actors)
-        self._actors = worker_actors + teacher_actors
+
+        def start_teacher(index: int) -> Any:
+            assert teacher_path is not None
+            return _spawn_teacher(config, teacher_path, self._group, first_teacher + index)
+
+        num_teachers = config.scoring.num_actors if teacher_path is not None else 0
+        workers = self._team("rollout", start_worker, rollout.num_workers)
+        teachers = self._team("teacher", start_teacher, num_teachers)
+        self.workers = Workers(workers, config.seed)
+        self.teacher = TeacherPool(teachers)
+        self._teams = (workers, teachers)
 
     def start_learner(
         self, config: Config, student_path: Path, canary_ids: np.ndarray
     ) -> LearnerHandle:
         """A fresh learner in place of the one before."""
-        self.stop_learner()
-        self._learner = _spawn(Learner, self._group, 0, _TORCH_ENV).remote(
-            config, student_path=str(student_path.absolute()), canary_ids=canary_ids
-        )
-        _wait([self._learner.__ray_ready__.remote()], "learner")
-        return LearnerHandle(self._learner)
+
+        def start() -> Any:
+            self.stop_learner()
+            self._learner = _spawn(Learner, self._group, 0, _TORCH_ENV).remote(
+                config, student_path=str(student_path.absolute()), canary_ids=canary_ids
+            )
+            _wait([self._learner.__ray_ready__.remote()], "learner")
+            return self._learner
+
+        return LearnerHandle(start(), self.faults, start if self._supervised else None)
 
     def stop_learner(self) -> None:
         if self._learner is not None:
@@ -220,10 +284,15 @@ class Cluster:
     def wait_until_ready(self) -> None:
         """Wait for rollout workers and teachers; raises what their start-up raised, and where one
         has died since."""
-        _wait([actor.__ray_ready__.remote() for actor in self._actors], "rollout or teacher actor")
+        actors = [actor for team in self._teams for actor in team.actors]
+        _wait([actor.__ray_ready__.remote() for actor in actors], "rollout or teacher actor")
 
     def shutdown(self) -> None:
         remove_placement_group(self._group)
+
+    def _team(self, role: str, start: Callable[[int], Any], count: int) -> Team:
+        actors = [start(index) for index in range(count)]
+        return Team(role, actors, self.faults, start if self._supervised else None)
 
 
 class SharedTeachers:
@@ -232,8 +301,11 @@ class SharedTeachers:
     def __init__(self, config: Config, teacher_path: Path, num_bases: int) -> None:
         """`num_bases` runs with bases of their own may use them at once."""
         self._group = _reserve(teacher_bundles(config))
-        self._actors = _spawn_teachers(config, teacher_path, self._group, 0, num_bases)
-        self.pool = TeacherPool(self._actors)
+        self._actors = [
+            _spawn_teacher(config, teacher_path, self._group, index, num_bases)
+            for index in range(config.scoring.num_actors)
+        ]
+        self.pool = TeacherPool(Team("teacher", self._actors, Faults(config.faults), spawn=None))
 
     def wait_until_ready(self) -> None:
         """As `Cluster.wait_until_ready`."""
@@ -255,20 +327,16 @@ def _spawn(role: type, group: PlacementGroup, bundle: int, env: dict[str, str]) 
     )
 
 
-def _spawn_teachers(
-    config: Config, teacher_path: Path, group: PlacementGroup, first: int, num_bases: int = 1
-) -> list[Any]:
-    """Into the bundles from `first` on."""
-    return [
-        _spawn(Teacher, group, first + index, _TORCH_ENV).remote(
-            config.scoring,
-            teacher_path=str(teacher_path.absolute()),
-            dtype=config.learner.dtype,
-            device=config.device,
-            num_bases=num_bases,
-        )
-        for index in range(config.scoring.num_actors)
-    ]
+def _spawn_teacher(
+    config: Config, teacher_path: Path, group: PlacementGroup, bundle: int, num_bases: int = 1
+) -> Any:
+    return _spawn(Teacher, group, bundle, _TORCH_ENV).remote(
+        config.scoring,
+        teacher_path=str(teacher_path.absolute()),
+        dtype=config.learner.dtype,
+        device=config.device,
+        num_bases=num_bases,
+    )
 
 
 @contextmanager

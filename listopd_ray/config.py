@@ -28,6 +28,7 @@ AT_LEAST_ONE = (
         for key in ("num_layers", "hidden_size", "intermediate_size", "warmstart.batch_size")
     ),
     "alarm.patience",
+    "faults.max_skipped",
     "num_prompts",
     "group_size",
     "num_steps",
@@ -157,7 +158,8 @@ class EvaluationConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 40  # steps; 0: only after the last
-    keep: int = 2  # the newest so many
+    keep: int = 2  # the newest so many; the best one stays beside them
+    path: str | None = None  # directory or fsspec URL (s3://…), null: the run's own directory
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,18 @@ class AlarmConfig:
     patience: int = 3  # updates in a row
     backoff: float = 0.5  # rollback: share of λ − 1 that is kept
     max_rollbacks: int = 3  # then stop
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """What a run lives through, and how often."""
+
+    max_restarts: int = 10  # of each role: rollout, teacher, learner
+    backoff_s: float = 1.0  # s before a role is replaced; doubles until an update is done
+    timeout_s: float = 1800.0  # s without an answer: the actor hangs
+    max_dropped: float = 0.1  # share of an update's samples that may be unfit for it
+    max_skipped: int = 3  # updates in a row whose loss or gradient is not finite
+    skipped_action: Literal["stop", "rollback"] = "stop"  # then: stop | rollback
 
 
 @dataclass(frozen=True)
@@ -230,10 +244,13 @@ class Config:
     cliff: CliffConfig = field(default_factory=CliffConfig)
     governor: GovernorConfig = field(default_factory=GovernorConfig)
     alarm: AlarmConfig = field(default_factory=AlarmConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 NOT_NEGATIVE = (
+    "faults.max_restarts",
+    "faults.backoff_s",
     "alarm.max_rollbacks",
     "seed",
     "lam_schedule.initial",
@@ -358,7 +375,8 @@ def _validate(config: Config) -> None:
         plain = config.extrapolation == "plain"
         require(plain, "governor.enabled", "needs extrapolation=plain")
         require(math.isfinite(config.clip), "governor.enabled", "needs a finite clip")
-    for key in ("governor.margin", "governor.decay", "alarm.backoff", "alarm.parse_share"):
+    shares = ("governor.margin", "governor.decay", "alarm.backoff", "alarm.parse_share")
+    for key in (*shares, "faults.max_dropped"):
         require(0 <= attrgetter(key)(config) < 1, key, "must lie in [0, 1)")
     require(config.clip > 1, "clip", "c must be > 1 (.inf for no clip)")
     require(0 <= config.delta <= 1, "delta", "δ must lie in [0, 1]")
@@ -379,8 +397,10 @@ def _validate(config: Config) -> None:
         value = attrgetter(key)(config)
         valid = value is None or (math.isfinite(value) and value >= 0)
         require(valid, key, "must be finite and ≥ 0")
+    require(config.seed < 1 << 63, "seed", "must be < 2^63")
     grammar_without_vllm = config.rollout.grammar and config.rollout.backend != "vllm"
     require(not grammar_without_vllm, "rollout.grammar", "needs rollout.backend=vllm")
+    require(config.faults.timeout_s > 0, "faults.timeout_s", "must be > 0")
     tolerance = config.sync.tolerance
     require(math.isfinite(tolerance) and tolerance > 0, "sync.tolerance", "must be finite and > 0")
     require(config.learner.max_grad_norm > 0, "learner.max_grad_norm", "must be > 0")

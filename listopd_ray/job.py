@@ -128,7 +128,7 @@ def distill(
         learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
         workers = cluster.workers.with_seed(config.seed)
         scorer = cluster.teacher.with_base(prepared.base_path)
-        results = train(config, prepared, workers, scorer, learner, run)
+        results = train(config, prepared, workers, scorer, learner, run, cluster.faults)
         teacher = teacher_evaluation(config, prepared, cluster.teacher)
         student = run.directory / "student"
         learner.export(student)

@@ -33,6 +33,7 @@ from listopd_ray.cluster import (
 )
 from listopd_ray.config import Config, needs_base
 from listopd_ray.prepare import Prepared, prepare
+from listopd_ray.supervision import Faults
 from listopd_ray.types import ListopdError
 
 
@@ -42,6 +43,7 @@ class Lease:
 
     workers: Workers
     teacher: TeacherPool
+    faults: Faults
     keeper: Any
     index: int
 
@@ -130,7 +132,7 @@ class SlotKeeper:
             pool = self._shared_teachers(config, teacher_path, teacher)
             if is_new := not slot.fits(wanted):
                 slot.drop()
-                slot.cluster = Cluster(config, teacher_path=None, **arguments)
+                slot.cluster = Cluster(config, teacher_path=None, supervised=False, **arguments)
                 slot.cluster.wait_until_ready()
                 slot.built_for = wanted
             sound = True
@@ -143,8 +145,9 @@ class SlotKeeper:
             raise
         self._seconds["built" if is_new else "reused"].append(time.perf_counter() - start)
         keeper = ray.get_runtime_context().current_actor
-        assert slot.cluster is not None
-        return Lease(slot.cluster.workers, pool, keeper, self._slots.index(slot))
+        cluster = slot.cluster
+        assert cluster is not None
+        return Lease(cluster.workers, pool, cluster.faults, keeper, self._slots.index(slot))
 
     def start_learner(self, index: int, *arguments: Any) -> LearnerHandle:
         cluster = self._slots[index].cluster

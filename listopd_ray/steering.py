@@ -35,6 +35,7 @@ class Steering:
         )
         self._reason: str | None = None
         self._warned = False
+        self._skipped = 0  # updates in a row
 
     @property
     def healthy(self) -> bool:
@@ -54,6 +55,7 @@ class Steering:
         """Take in the metrics of an update made with `lam`; returns the governor's own."""
         seen = self._governor.update(metrics, lam)
         self._reason = self._alarm.check(metrics, self._governor.binding_class)
+        self._skipped = self._skipped + 1 if metrics.get("train/skipped") else 0
         return seen
 
     def event(self, step: int, lam: float) -> dict[str, Any] | None:
@@ -62,29 +64,34 @@ class Steering:
         A warning is given once, until outputs are healthy again. Past `alarm.max_rollbacks` the
         action is to stop.
         """
-        if self._reason is None:
+        reason, action = self._reason, str(self._config.alarm.action)
+        if self._skipped >= self._config.faults.max_skipped:
+            reason = f"{self._skipped} updates in a row skipped: loss or gradient is not finite"
+            action = str(self._config.faults.skipped_action)
+        if reason is None:
             self._warned = self._warned and not self._alarm.healthy
             return None
-        action: str = self._config.alarm.action
         if action == "warn" and self._warned:
             return None
         self._warned = True
         if action == "rollback" and self._num_rollbacks >= self._config.alarm.max_rollbacks:
             action = "stop"
         self._num_rollbacks += action == "rollback"
-        return {"step": step, "action": action, "reason": self._reason, "lam": lam}
+        return {"step": step, "action": action, "reason": reason, "lam": lam}
 
     def state(self) -> dict[str, Any]:
         return {
             "governor": self._governor.state(),
             "alarm": self._alarm.state(),
             "warned": self._warned,
+            "skipped": self._skipped,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self._governor.restore(state["governor"])
         self._alarm.restore(state["alarm"])
         self._reason, self._warned = None, state["warned"]
+        self._skipped = state["skipped"]
 
 
 def predicted_threshold(config: Config) -> float | None:

@@ -11,19 +11,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from listopd_ray.checkpoint import (
-    Saves,
-    drop_unhealthy,
-    mark_healthy,
-    restore_latest,
-    save_checkpoint,
-)
+from listopd_ray.checkpoint import Checkpoints, Saves
 from listopd_ray.config import Config, dump_config, load_config, run_directory
 from listopd_ray.types import Judged, ListopdError
 
-TIMING = ("time/", "perf/")  # the only metrics in which two equal runs may differ
+TIMING = ("time/", "perf/", "fault/")  # the only metrics in which two equal runs may differ
+LOCK_WAIT_S = 20.0  # the actors of a driver that was killed live on for some seconds
 
 
 def check_startable(config: Config) -> None:
@@ -62,13 +58,20 @@ class Run:
         self.directory = run_directory(config)
         self._config = config
         try:
-            (self.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_directory(self.directory)
+            check_startable(config)  # whoever held the lock may have finished the run
             _check_inputs(self.directory / "inputs.json", hashes)
             replace_file(self.directory / "inputs.json", json.dumps(hashes, indent=2) + "\n")
             replace_file(self.directory / "config.yaml", dump_config(config))
         except OSError as error:
             raise ListopdError(f"{self.directory}: cannot write: {error.strerror}") from None
+        path = config.checkpoint.path
+        root = f"{path.rstrip('/')}/{config.name}" if path else str(self.directory / "checkpoints")
+        self._checkpoints = Checkpoints(root, config.checkpoint.keep)
         self._wandb = _start_wandb(config, self.directory) if config.tracking.wandb else None
+        # What W&B has already is not sent again by the updates that are repeated after a restart.
+        self._known_to_wandb = self._wandb.summary.get("train/step", -1) if self._wandb else -1
 
     def __enter__(self) -> Run:
         return self
@@ -76,29 +79,32 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
+        self._lock.release()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def restore(self, learner: Saves) -> dict[str, Any] | None:
         """State of the newest checkpoint, put into `learner`; what was logged later is cut, but for
         roll-backs."""
-        state = restore_latest(self.directory / "checkpoints", learner)
+        state = self._checkpoints.restore(learner)
         last_step = state["step"] if state else -1
+        if state and state["unfinished"]:
+            last_step -= 1  # its row is still to come
         for name in ("metrics.jsonl", "samples.jsonl"):
-            _truncate(self.directory / name, lambda row: row["train/step"] <= last_step)
-        _truncate(
+            truncate(self.directory / name, lambda row: row["train/step"] <= last_step)
+        truncate(
             self.directory / "events.jsonl",
             lambda event: event["action"] == "rollback" or event["step"] <= last_step,
         )
         return state
 
-    def save(self, step: int, learner: Saves, state: dict[str, Any], *, healthy: bool) -> None:
-        root, keep = self.directory / "checkpoints", self._config.checkpoint.keep
-        save_checkpoint(root, step, learner, state, keep=keep, healthy=healthy)
+    def save(self, step: int, learner: Saves, state: dict[str, Any], **marks: Any) -> None:
+        """As `Checkpoints.save`."""
+        self._checkpoints.save(step, learner, state, **marks)
 
     def mark_healthy(self, step: int) -> None:
         """If there is a checkpoint after `step` updates."""
-        mark_healthy(self.directory / "checkpoints", step)
+        self._checkpoints.mark_healthy(step)
 
     def roll_back(self, learner: Saves) -> dict[str, Any]:
         """`restore` once a roll-back is recorded: from the newest checkpoint that was healthy."""
@@ -113,7 +119,7 @@ class Run:
         between is resumed from the healthy one, and comes to the same alarm.
         """
         if event["action"] == "rollback":
-            drop_unhealthy(self.directory / "checkpoints")
+            self._checkpoints.drop_unhealthy()
         file = self.directory / "events.jsonl"
         before = file.read_text(encoding="utf-8") if file.exists() else ""
         replace_file(file, before + json.dumps(event, ensure_ascii=False) + "\n")
@@ -131,8 +137,8 @@ class Run:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics after `step` updates: a line of metrics.jsonl and a W&B row."""
         row = {"train/step": step, **metrics}
-        _append(self.directory / "metrics.jsonl", [row])
-        if self._wandb is not None:
+        append_rows(self.directory / "metrics.jsonl", [row])
+        if self._wandb is not None and step > self._known_to_wandb:
             self._wandb.log(row)
         if self._report is not None:
             self._report(row)
@@ -148,7 +154,7 @@ class Run:
             }
             for output in judged[: self._config.evaluation.num_samples]
         ]
-        _append(self.directory / "samples.jsonl", rows)
+        append_rows(self.directory / "samples.jsonl", rows)
 
     def mean(self, metric: str) -> float:
         """Of all steps that logged it."""
@@ -234,18 +240,29 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _append(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+def lock_directory(directory: Path) -> FileLock:
+    """Held as long as its process lives; raises ListopdError where another one has it."""
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=LOCK_WAIT_S)
+    except Timeout:
+        raise ListopdError(f"{directory}: another process is writing here") from None
+    return lock
+
+
+def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     with file.open("a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        stream.writelines(map(_line, rows))
 
 
-def _truncate(file: Path, keeps: Callable[[Any], bool]) -> None:
-    """Drop the lines that are not to be kept: their steps are about to be taken again."""
-    if not file.exists():
-        return
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]  # a crash may have cut the last one
-    replace_file(file, "".join(s for s in whole if keeps(json.loads(s))))
+def truncate(file: Path, keeps: Callable[[Any], bool]) -> None:
+    """Drop the rows that are not to be kept, and a last one that a crash cut short."""
+    if file.exists():
+        replace_file(file, "".join(_line(row) for row in read_jsonl(file) if keeps(row)))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def read_json(file: Path, what: str) -> Any:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+import numpy as np
+from ray.exceptions import ObjectLostError
 from tqdm import tqdm
 
+from listopd_ray.checkpoint import Files
 from listopd_ray.config import Config, schedule_value
 from listopd_ray.evaluate import Sampler, evaluate, judge_rollout
+from listopd_ray.ledger import Ledger, admit
 from listopd_ray.roles.rollout import Generated
+from listopd_ray.roles.teacher import Scored
 from listopd_ray.steering import Steering
+from listopd_ray.supervision import Faults, Interrupted, LearnerLost, LimitReached, interruptible
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import PromptStream
 from listopd_ray.tracking import Run, evaluation_metrics, progress_bar
+from listopd_ray.types import ListopdError, Prompt, Rollout
 
 if TYPE_CHECKING:  # not at run time: it brings Ray Train along
     from listopd_ray.prepare import Prepared
@@ -28,21 +40,25 @@ class RolloutWorkers(Sampler, Protocol):
 
 
 class Scorer(Protocol):
-    def score(self, generated: list[Any]) -> list[Any]: ...
+    def score(self, generated: list[Generated]) -> list[Any]: ...
 
-    def score_with(self, model_path: Path, generated: list[Any]) -> list[Any]: ...
+    def fetch(self, works: list[Any]) -> list[Scored]: ...
+
+    def score_with(self, model_path: Path, generated: list[Generated]) -> list[Scored]: ...
 
 
 class LearnerRole(Protocol):
-    def step(self, scored: list[Any], lam: float, lr: float) -> dict[str, float]: ...
+    def step(self, scored: list[Scored], lam: float, lr: float) -> dict[str, float]: ...
 
-    def check_scores(self, scored: list[Any]) -> dict[str, float]: ...
+    def check_scores(self, scored: list[Scored]) -> dict[str, float]: ...
 
     def publish_weights(self) -> Any: ...
 
-    def save(self, directory: Any) -> None: ...
+    def save(self, url: str) -> Files: ...
 
-    def restore(self, directory: Any) -> None: ...
+    def restore(self, url: str, files: Files) -> None: ...
+
+    def restart(self, why: Exception) -> None: ...
 
 
 def train(
@@ -52,85 +68,263 @@ def train(
     teacher: Scorer,
     learner: LearnerRole,
     run: Run,
+    faults: Faults,
 ) -> dict[str, Any]:
-    """One optimizer step per turn; returns the evaluations {"warm_start": …, "student": …}.
+    """All updates of a run; returns the evaluations {"warm_start": …, "student": …}.
+
+    Every actor may die: workers and teachers are replaced where their results are waited for, the
+    learner here, and what was learnt since its newest checkpoint is learnt again. A run that is
+    interrupted, or reaches a limit of what it can live through, leaves a checkpoint.
+    """
+    loop = Loop(config, data, workers, teacher, learner, run, faults)
+    with interruptible(), loop.bar:
+        todo: Callable[[], None] | None = loop.begin
+        while todo is not None:
+            try:
+                todo()
+                todo = None if loop.done else loop.turn
+            except (LearnerLost, ObjectLostError) as error:
+                todo = functools.partial(loop.recover, error)
+            except (LimitReached, Interrupted) as error:
+                loop.leave(error)
+    return loop.results
+
+
+class Loop:
+    """One optimizer step a turn, in two halves: `_update` ends with the learner's step, `_finish`
+    with its row of metrics. In between, and before either, the state is a checkpoint's.
 
     With `max_staleness=1` the next batch is sampled while the learner works on this one.
     """
-    prompts = PromptStream(data.train.prompts, config.seed)
-    steering = Steering(config, run.num_rollbacks())
-    step, results = 0, dict[str, Any]()
 
-    def take_up(state: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Go on from a checkpoint, which is in the learner already."""
-        prompts.restore(state["prompts"])
-        steering.restore(state["steering"])
-        workers.load_weights(learner.publish_weights())
-        return state["step"], state["results"]
+    def __init__(
+        self,
+        config: Config,
+        data: Prepared,
+        workers: RolloutWorkers,
+        teacher: Scorer,
+        learner: LearnerRole,
+        run: Run,
+        faults: Faults,
+    ) -> None:
+        self._config, self._data, self._run, self._faults = config, data, run, faults
+        self._workers, self._teacher, self._learner = workers, teacher, learner
+        self._prompts = PromptStream(data.train.prompts, config.seed)
+        self._steering = Steering(config, run.num_rollbacks())
+        self._ledger = Ledger(run.directory / "ledger.jsonl")
+        self.bar = progress_bar(config.name, config.num_steps)
+        self._step = 0  # updates done, the learner's version
+        self.results: dict[str, Any] = {}
+        self._batch: Batch | None = None  # for the next update, under way
+        self._unfinished: dict[str, float] | None = None  # metrics of an update without its row
+        self._start = time.perf_counter()  # of the turn
+        self._fresh = self._state()
 
-    def keep(cursor: dict[str, Any]) -> None:
-        state = {"prompts": cursor, "results": results, "steering": steering.state()}
-        run.save(step, learner, state, healthy=step == 0)  # others once their rollouts are seen
+    @property
+    def done(self) -> bool:
+        return self._step == self._config.num_steps and self._unfinished is None
 
-    def sample(at: int) -> list[Any]:
-        batch = prompts.take(config.num_prompts)
-        return workers.generate(batch, f"train/{at}", group_size=config.group_size)
+    def begin(self) -> None:
+        """From the newest checkpoint, or from the warm start: its gate and evaluation first."""
+        state = self._run.restore(self._learner)
+        self._take_up(state or self._fresh)
+        if state is None:
+            trial = self._workers.generate(self._data.train.prompts[:GATE_PROMPTS], "gate")
+            generated = self._workers.fetch(trial)
+            scored = self._teacher.score_with(self._data.student_path, generated)
+            gate = self._learner.check_scores(scored)
+            self.results["warm_start"], metrics = self._assess()
+            self._run.log(0, gate | metrics)
+            self._steering.observe(metrics, lam=1.0)  # its parse rate may be the best
+            if "rollback" in (self._config.alarm.action, self._config.faults.skipped_action):
+                self._save()
 
-    def assess() -> tuple[dict[str, Any], dict[str, float]]:
-        num_prompts = config.evaluation.num_prompts
-        result, judged = evaluate(workers, data.evaluation, data.text, num_prompts)
-        run.keep_samples(step, judged)
+    def turn(self) -> None:
+        if self._unfinished is None:
+            self._unfinished = self._update()
+        self._finish(self._unfinished)
+
+    def recover(self, error: Exception) -> None:
+        """Another learner, and everything as at its newest checkpoint."""
+        self._learner.restart(error)
+        self.begin()
+
+    def leave(self, error: ListopdError) -> NoReturn:
+        """Keep what there is, and raise `error` with a word on that."""
+        try:
+            if "warm_start" in self.results:
+                self._save()
+                kept = f"checkpoint after update {self._step}: the same command goes on"
+                error.args = (f"{error}; {kept}",)
+        except ListopdError as failure:
+            error.args = (f"{error}; no checkpoint of update {self._step}: {failure}",)
+        raise error
+
+    def _update(self) -> dict[str, float]:
+        config, self._start = self._config, time.perf_counter()
+        batch = self._batch = self._batch or self._sample(self._step)
+        generated = self._fetch(batch)
+        scoring = self._teacher.score(generated)
+        is_last = self._step + 1 == config.num_steps
+        upcoming = self._sample(self._step + 1) if config.max_staleness and not is_last else None
+        lam = self._steering.lam(self._step)
+        lr = schedule_value(config.lr_schedule, config.lr, self._step, config.num_steps)
+        metrics = {"train/lam": lam, "train/lr": lr} | contract_metrics(generated, self._data.text)
+        scored, dropped = admit(self._teacher.fetch(scoring), self._step, config.max_staleness)
+        metrics |= fault_metrics(generated, dropped, config.faults.max_dropped)
+        metrics |= self._learner.step(scored, lam, lr)
+        self._step += 1
+        self._ledger.commit(self._step, generated, dropped)
+        self._batch = upcoming
+        return metrics
+
+    def _finish(self, metrics: dict[str, float]) -> None:
+        config, step, start = self._config, self._step, time.perf_counter()
+        metrics["sync/canary_max"] = self._workers.load_weights(self._learner.publish_weights())
+        now = time.perf_counter()
+        metrics |= {"time/sync_s": now - start, "time/step_s": now - self._start}
+        metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
+        is_last, score = step == config.num_steps, None
+        if is_last or _due(step, config.evaluation.every):
+            self.results["student"], evaluated = self._assess()
+            metrics |= evaluated
+            score = evaluated["eval/ndcg_at_k_all"]
+        metrics |= self._steering.observe(metrics, metrics["train/lam"])
+        if self._steering.healthy:  # so are the weights that have sampled this batch, if kept
+            self._run.mark_healthy(step - 1 - math.ceil(metrics["rollout/staleness"]))
+        self._run.log(step, metrics | self._faults.progress())
+        show_progress(self.bar, metrics)
+        self._unfinished = None
+        event = self._steering.event(step, metrics["train/lam"])
+        if event and self._run.record(event) == "rollback":
+            self._take_up(self._run.roll_back(self._learner))
+        elif is_last or _due(step, config.checkpoint.every):
+            self._save(score)
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        """Go on from a state whose weights are in the learner already."""
+        self._step, self.results = state["step"], dict(state["results"])
+        self._prompts.restore(state["prompts"])
+        self._steering.restore(state["steering"])
+        self._unfinished = state["unfinished"]
+        in_flight = from_json(state["in_flight"], self._data.train.prompts)
+        self._batch = (
+            Batch(state["prompts"], state["prompts"], [], in_flight) if in_flight else None
+        )
+        self._ledger.begin(self._step)
+        self.bar.update(self._step - self.bar.n)
+        self._workers.load_weights(self._learner.publish_weights())
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the learner. A batch that is under way is drawn again
+        where it would be the same, else kept: these are samples of older weights."""
+        cursor, in_flight = self._prompts.state(), list[Any]()
+        if self._batch is not None:
+            cursor = self._batch.before
+            if self._config.max_staleness:
+                with suppress(LimitReached):  # nobody is left to draw it
+                    in_flight = to_json(self._fetch(self._batch))
+                    cursor = self._batch.after
+        return {
+            "step": self._step,
+            "prompts": cursor,
+            "in_flight": in_flight,
+            "results": dict(self.results),
+            "steering": self._steering.state(),
+            "unfinished": self._unfinished,
+        }
+
+    def _save(self, score: float | None = None) -> None:
+        healthy = self._step == 0  # others once their rollouts are seen
+        self._run.save(self._step, self._learner, self._state(), healthy=healthy, score=score)
+
+    def _sample(self, at: int) -> Batch:
+        before, config = self._prompts.state(), self._config
+        prompts = self._prompts.take(config.num_prompts)
+        works = self._workers.generate(prompts, f"train/{at}", group_size=config.group_size)
+        return Batch(before, self._prompts.state(), works)
+
+    def _fetch(self, batch: Batch) -> list[Generated]:
+        if not batch.generated:
+            batch.generated = self._workers.fetch(batch.works)
+        return batch.generated
+
+    def _assess(self) -> tuple[dict[str, Any], dict[str, float]]:
+        data, num_prompts = self._data, self._config.evaluation.num_prompts
+        result, judged = evaluate(self._workers, data.evaluation, data.text, num_prompts)
+        self._run.keep_samples(self._step, judged)
         return result, evaluation_metrics(result)
 
-    if state := run.restore(learner):
-        step, results = take_up(state)
-    else:
-        workers.load_weights(learner.publish_weights())
-        trial = workers.generate(data.train.prompts[:GATE_PROMPTS], "gate")
-        gate = learner.check_scores(teacher.score_with(data.student_path, trial))
-        results["warm_start"], metrics = assess()
-        run.log(0, gate | metrics)
-        steering.observe(metrics, lam=1.0)  # the warm start's parse rate may be the best
-        if config.alarm.action == "rollback":
-            keep(prompts.state())
 
-    bar = progress_bar(config.name, config.num_steps, initial=step)
-    rollouts = sample(step) if step < config.num_steps else []
-    while step < config.num_steps:
-        start, cursor = time.perf_counter(), prompts.state()
-        scored = teacher.score(rollouts)
-        is_last, saves = step + 1 == config.num_steps, _due(step + 1, config.checkpoint.every)
-        # Nothing is sampled ahead over a checkpoint: a resumed run could not sample it again.
-        overlaps = config.max_staleness > 0 and not is_last and not saves
-        upcoming = sample(step + 1) if overlaps else []
-        lam = steering.lam(step)
-        lr = schedule_value(config.lr_schedule, config.lr, step, config.num_steps)
-        metrics = {"train/lam": lam, "train/lr": lr}
-        metrics |= contract_metrics(workers.fetch(rollouts), data.text)
-        metrics |= learner.step(scored, lam, lr)
-        sync_start = time.perf_counter()
-        metrics["sync/canary_max"] = workers.load_weights(learner.publish_weights())
-        step += 1
-        now = time.perf_counter()
-        metrics |= {"time/sync_s": now - sync_start, "time/step_s": now - start}
-        metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
-        if is_last or _due(step, config.evaluation.every):
-            results["student"], evaluated = assess()
-            metrics |= evaluated
-        metrics |= steering.observe(metrics, lam)
-        if steering.healthy:
-            run.mark_healthy(step - 1)  # its weights have sampled this batch, if it was kept
-        run.log(step, metrics)
-        show_progress(bar, metrics)
-        if (event := steering.event(step, lam)) and run.record(event) == "rollback":
-            step, results = take_up(run.roll_back(learner))
-            bar.update(step - bar.n)
-            upcoming = []
-        elif is_last or saves:
-            keep(cursor)
-        rollouts = upcoming or (sample(step) if step < config.num_steps else [])
-    bar.close()
-    return results
+@dataclass
+class Batch:
+    """The samples of one update."""
+
+    before: dict[str, Any]  # state of the prompt stream before its prompts were taken
+    after: dict[str, Any]
+    works: list[Any]  # under way
+    generated: list[Generated] = field(default_factory=list)  # once they are done
+
+
+def fault_metrics(
+    generated: Sequence[Generated], dropped: Sequence[tuple[str, int, str]], max_dropped: float
+) -> dict[str, float]:
+    """Samples of an update that were drawn again, and that are unfit for it, if any; raises
+    LimitReached where too many are."""
+    total = sum(len(part.rollouts) for part in generated)
+    reasons = Counter(reason for _, _, reason in dropped)
+    if len(dropped) > max_dropped * total:
+        listed = ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items()))
+        raise LimitReached(
+            f"{len(dropped)} of {total} samples are unfit ({listed}): more than "
+            f"faults.max_dropped={max_dropped:g}"
+        )
+    redone = sum(len(part.rollouts) for part in generated if part.attempt)
+    counts = {f"fault/dropped_{reason}": count for reason, count in sorted(reasons.items())}
+    counts |= {"fault/redone": redone} if redone else {}
+    return {name: float(count) for name, count in counts.items()}
+
+
+def to_json(generated: Sequence[Generated]) -> list[dict[str, Any]]:
+    return [
+        {
+            "seconds": part.seconds,
+            "attempt": part.attempt,
+            "rollouts": [
+                {
+                    "prompt": rollout.prompt.id,
+                    "sample_index": rollout.sample_index,
+                    "token_ids": rollout.token_ids.tolist(),
+                    "sampler_logprobs": rollout.sampler_logprobs.tolist(),  # float32 is exact
+                    "finish_reason": rollout.finish_reason,
+                    "policy_version": rollout.policy_version,
+                }
+                for rollout in part.rollouts
+            ],
+        }
+        for part in generated
+    ]
+
+
+def from_json(parts: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> list[Generated]:
+    by_id = {prompt.id: prompt for prompt in prompts} if parts else {}
+
+    def rollout(values: dict[str, Any]) -> Rollout:
+        return Rollout(
+            prompt=by_id[values["prompt"]],
+            sample_index=values["sample_index"],
+            token_ids=np.array(values["token_ids"], dtype=np.int32),
+            sampler_logprobs=np.array(values["sampler_logprobs"], dtype=np.float32),
+            finish_reason=values["finish_reason"],
+            policy_version=values["policy_version"],
+        )
+
+    return [
+        Generated(
+            rollouts=tuple(map(rollout, p["rollouts"])), seconds=p["seconds"], attempt=p["attempt"]
+        )
+        for p in parts
+    ]
 
 
 def contract_metrics(parts: Sequence[Generated], text: TokenText) -> dict[str, float]:
@@ -148,7 +342,7 @@ def show_progress(bar: tqdm, metrics: dict[str, float]) -> None:
     bar.set_postfix(
         refresh=False,
         parse=f"{metrics['contract/parse_rate']:.2f}",
-        kl=f"{metrics['kl/reverse']:.3f}",
+        kl=f"{metrics.get('kl/reverse', math.nan):.3f}",  # undefined in an update that was skipped
         stale=f"{metrics['rollout/staleness']:.0f}",
         tok_s=f"{metrics['perf/tokens_per_s']:.0f}",
     )

@@ -19,6 +19,8 @@ FinishReason = Literal["stop", "length"]
 class ListopdError(Exception):
     """A failure that its user can cause and mend: shown as one line, without a trace."""
 
+    exit_status = 1
+
 
 class TokenClass(IntEnum):
     """Contract class of a completion token's place (see `listopd_ray.task.contract`)."""

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from listopd_ray.checkpoint import digests, fetched, staged
 from listopd_ray.roles.rollout import Generated
-from listopd_ray.types import Prompt, Rollout
+from listopd_ray.roles.teacher import Scored
+from listopd_ray.types import Prompt, Rollout, ScoredRollout
 
 
 def make_rollout(
@@ -32,6 +35,22 @@ def make_rollout(
         sampler_logprobs=np.array(sampler_logprobs, dtype=np.float32),
         finish_reason=finish_reason,
         policy_version=policy_version,
+    )
+
+
+def make_scored(rollout, teacher_logprob=-0.5):
+    length = len(rollout.token_ids)
+    logprobs = np.full(length, teacher_logprob, dtype=np.float32)
+    return ScoredRollout(
+        rollout=rollout,
+        teacher_logprobs=logprobs,
+        base_logprobs=None,
+        modal_ids=rollout.token_ids,
+        teacher_modal_logprobs=logprobs,
+        base_modal_logprobs=None,
+        token_classes=np.zeros(length, dtype=np.int8),
+        teacher_unused_mass=np.full(length, np.nan, dtype=np.float32),
+        base_unused_mass=None,
     )
 
 
@@ -62,9 +81,11 @@ class FakeWorkers:
 
     def generate(self, prompts, tag, *, group_size=1, greedy=False):
         self._events.append(("generate", tag))
-        rollouts = []
+        rollouts, drawn = [], Counter()
         for prompt in prompts:
-            for index in range(group_size):
+            for _ in range(group_size):
+                index = drawn[prompt.id]
+                drawn[prompt.id] += 1
                 key = f"{self._weights['theta']!r} {tag} {prompt.id} {index} {greedy}"
                 known = self._weights["completions"]
                 choice = known[hashlib.sha256(key.encode()).digest()[0] % len(known)]
@@ -82,8 +103,8 @@ class FakeWorkers:
         parts = [part for part in (rollouts[:half], rollouts[half:]) if part]
         return [Reference(Generated(rollouts=tuple(part), seconds=0.0)) for part in parts]
 
-    def fetch(self, generated):
-        return [reference.value for reference in generated]
+    def fetch(self, works):
+        return [reference.value for reference in works]
 
 
 class FakeTeacher:
@@ -92,14 +113,17 @@ class FakeTeacher:
 
     def score(self, generated):
         self._events.append(("score", len(generated)))
-        return self._score(generated)
+        return [Reference(self._score(part)) for part in generated]
+
+    def fetch(self, works):
+        return [reference.value for reference in works]
 
     def score_with(self, model_path, generated):
         self._events.append(("score_with", model_path))
-        return self._score(generated)
+        return [self._score(part) for part in generated]
 
-    def _score(self, generated):
-        return [Reference(reference.value.rollouts) for reference in generated]
+    def _score(self, part):
+        return Scored(rollouts=tuple(map(make_scored, part.rollouts)), seconds=0.0)
 
 
 class FakeLearner:
@@ -122,7 +146,7 @@ class FakeLearner:
         if self.policy_version == self._fail_at:
             raise Interrupted
         self._events.append(("learner.step", self.policy_version))
-        rollouts = [rollout for reference in scored for rollout in reference.value]
+        rollouts = [scored.rollout for part in scored for scored in part.rollouts]
         self.batches.append([rollout.prompt.id for rollout in rollouts])
         self.staleness.append({self.policy_version - r.policy_version for r in rollouts})
         signal = float(np.mean([int(r.token_ids.sum()) % 7 for r in rollouts]))
@@ -147,11 +171,14 @@ class FakeLearner:
             "completions": self.completions,
         }
 
-    def save(self, directory):
+    def save(self, url):
         self._events.append(("save", self.policy_version))
-        (directory / "fake.json").write_text(json.dumps(self.publish_weights()))
+        with staged(url) as directory:
+            (directory / "fake.json").write_text(json.dumps(self.publish_weights()))
+            return digests(directory)
 
-    def restore(self, directory):
-        state = json.loads((directory / "fake.json").read_text())
+    def restore(self, url, files):
+        with fetched(url, files) as directory:
+            state = json.loads((directory / "fake.json").read_text())
         self.policy_version, self.theta = state["policy_version"], state["theta"]
         self.completions = state["completions"]

@@ -6,13 +6,13 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from listopd_ray.checkpoint import Files, digests, fetched, staged
 from listopd_ray.config import Config
 from listopd_ray.models import load_model, load_tokenizer
 from listopd_ray.roles.batching import (
@@ -64,8 +64,9 @@ class Learner:
     def step(self, lam: float, lr: float, *scored: Scored) -> dict[str, float]:
         """One update on all rollouts of `scored`; returns its metrics.
 
-        Raises ListopdError where a log-probability, the loss or the gradient is not finite: the
-        weights are then those of before the step.
+        Where loss or gradient is not finite the update is skipped, `train/skipped` is 1, and
+        weights and optimizer are those of before the step. So they are where it raises
+        ListopdError, because a score is not finite.
         """
         start = time.perf_counter()
         rollouts = [rollout for part in scored for rollout in part.rollouts]
@@ -80,17 +81,23 @@ class Learner:
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self._model.parameters(), self._config.learner.max_grad_norm
         ).item()
-        if not math.isfinite(grad_norm):
-            raise ListopdError(f"update {self.policy_version}: gradient norm is {grad_norm}")
         for group_options in self._optimizer.param_groups:
             group_options["lr"] = lr
-        self._optimizer.step()
+        loss_sum = sum(part["loss"].item() for part in parts)
+        skipped = not (math.isfinite(grad_norm) and math.isfinite(loss_sum))
+        if not skipped:
+            self._optimizer.step()
         staleness = [self.policy_version - r.rollout.policy_version for r in rollouts]
         self.policy_version += 1
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        measured = _metrics(columns, self._config.clip) | {"loss/grad_norm": grad_norm}
         return {
-            **_metrics(columns, self._config.clip),
-            "loss/grad_norm": grad_norm,
+            **{
+                name: value
+                for name, value in measured.items()
+                if not skipped or math.isfinite(value)
+            },
+            "train/skipped": float(skipped),
             "rollout/staleness": float(np.mean(staleness)),
             "rollout/tokens": float(num_tokens),
             "time/score_s": max(part.seconds for part in scored),
@@ -136,28 +143,33 @@ class Learner:
             canary_logprobs=canary.cpu().numpy(),
         )
 
-    def save(self, directory: str) -> None:
-        """Weights, optimizer state and version into an empty `directory`."""
-        path = Path(directory)
-        self.export(str(path / "student"))
-        state: dict[str, torch.Tensor] = {}
-        for index, slots in self._optimizer.state_dict()["state"].items():
-            state |= {f"{index}.{slot}": value for slot, value in slots.items()}
-        save_file(state, path / "optimizer.safetensors")
-        (path / "learner.json").write_text(json.dumps({"policy_version": self.policy_version}))
+    def save(self, url: str) -> Files:
+        """Weights, optimizer state and version; the digests of the files. There is no other state:
+        a sample's noise is seeded by its name, and nothing here draws any."""
+        with staged(url) as directory:
+            self.export(str(directory / "student"))
+            state: dict[str, torch.Tensor] = {}
+            for index, slots in self._optimizer.state_dict()["state"].items():
+                state |= {f"{index}.{slot}": value for slot, value in slots.items()}
+            save_file(state, directory / "optimizer.safetensors")
+            version = json.dumps({"policy_version": self.policy_version})
+            (directory / "learner.json").write_text(version)
+            return digests(directory)
 
-    def restore(self, directory: str) -> None:
-        """What `save` wrote, in place."""
-        path = Path(directory)
-        saved = load_model(path / "student", dtype=self._dtype, device=self._device)
-        self._model.load_state_dict(saved.state_dict())
-        slots: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in load_file(path / "optimizer.safetensors").items():
-            index, slot = name.split(".")
-            slots.setdefault(int(index), {})[slot] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        self.policy_version = json.loads((path / "learner.json").read_text())["policy_version"]
+    def restore(self, url: str, files: Files) -> None:
+        """What `save` wrote, in place; raises CorruptCheckpoint, and changes nothing, where a file
+        is not what it was."""
+        with fetched(url, files) as directory:
+            saved = load_model(directory / "student", dtype=self._dtype, device=self._device)
+            self._model.load_state_dict(saved.state_dict())
+            slots: dict[int, dict[str, torch.Tensor]] = {}
+            for name, value in load_file(directory / "optimizer.safetensors").items():
+                index, slot = name.split(".")
+                slots.setdefault(int(index), {})[slot] = value
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": slots, "param_groups": groups})
+            learner = json.loads((directory / "learner.json").read_text())
+            self.policy_version = learner["policy_version"]
 
     def export(self, directory: str) -> None:
         """The student as a Hugging Face directory."""
@@ -174,7 +186,7 @@ class Learner:
         if rollouts[0].base_logprobs is not None:
             columns |= {name: _concatenate(rollouts, field) for name, field in BASE_SCORES.items()}
         for name in ("teacher", "sampler", "base", "teacher_modal", "base_modal"):
-            if name in columns and not np.isfinite(columns[name]).all():
+            if name in columns and not np.isfinite(columns[name]).all():  # `admit` let it through
                 raise ListopdError(f"update {self.policy_version}: {name} scores are not finite")
         on_device = {
             name: torch.from_numpy(columns[name]).to(self._device)

@@ -32,6 +32,7 @@ class Request:
 class Generated:
     rollouts: tuple[Rollout, ...]  # in the order of the requests
     seconds: float
+    attempt: int = 0  # how often its requests were made before
 
 
 class RolloutWorker:
@@ -88,7 +89,9 @@ class RolloutWorker:
         self._policy_version = weights.policy_version
         return difference
 
-    def generate(self, requests: Sequence[Request], greedy: bool = False) -> Generated:
+    def generate(
+        self, requests: Sequence[Request], greedy: bool = False, attempt: int = 0
+    ) -> Generated:
         """Complete each request under the current weights."""
         if self._policy_version is None:
             raise RuntimeError("generate before load_weights")
@@ -98,7 +101,8 @@ class RolloutWorker:
             make_rollout(request, output, self._policy_version)
             for request, output in zip(requests, outputs, strict=True)
         )
-        return Generated(rollouts=rollouts, seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return Generated(rollouts=rollouts, seconds=seconds, attempt=attempt)
 
 
 @dataclass(frozen=True, slots=True)

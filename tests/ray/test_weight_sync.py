@@ -12,7 +12,8 @@ import ray
 from listopd_ray.cluster import Cluster, Workers
 from listopd_ray.config import Config
 from listopd_ray.prepare import Prepared
-from listopd_ray.types import ListopdError, Prompt, Weights
+from listopd_ray.supervision import ActorLost, Team
+from listopd_ray.types import Prompt, Weights
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +22,9 @@ def versions(config: Config, prepared: Prepared, cluster: Cluster) -> tuple[Weig
     learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
     before = learner.publish_weights()
     cluster.workers.load_weights(before)
-    rollouts = cluster.workers.generate(prepared.train.prompts[:8], "test")
-    learner.step(cluster.teacher.score(rollouts), lam=1.0, lr=1e-2)
+    workers, teacher = cluster.workers, cluster.teacher
+    rollouts = workers.fetch(workers.generate(prepared.train.prompts[:8], "test"))
+    learner.step(teacher.fetch(teacher.score(rollouts)), lam=1.0, lr=1e-2)
     return ray.get(before), ray.get(learner.publish_weights())
 
 
@@ -77,9 +79,11 @@ def test_the_canary_fails_on_a_broken_sync_and_the_engine_refuses_to_serve(
     broken: Callable[[Weights], dict[str, np.ndarray]],
 ) -> None:
     before, after = versions
-    assert cluster.workers.load_weights(before) < 1e-4
-    with pytest.raises(ListopdError, match="canary"):
-        cluster.workers.load_weights(dataclasses.replace(after, tensors=broken(after)))
+    team = cluster.workers._team
+    workers = Workers(Team(team.role, team.actors, cluster.faults, spawn=None), seed=0)
+    assert workers.load_weights(before) < 1e-4
+    with pytest.raises(ActorLost, match="rollout 0: failed: weight sync to version 1: canary"):
+        workers.load_weights(dataclasses.replace(after, tensors=broken(after)))
     with pytest.raises(RuntimeError, match="before load_weights"):
-        completions(cluster.workers, prepared.train.prompts[:1])
-    assert cluster.workers.load_weights(after) < 1e-4
+        completions(workers, prepared.train.prompts[:1])
+    assert workers.load_weights(after) < 1e-4

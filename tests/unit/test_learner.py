@@ -7,7 +7,9 @@ import pytest
 import torch
 from oracles import prefix_logprobs
 
+from listopd_ray.checkpoint import CorruptCheckpoint
 from listopd_ray.config import Config, LearnerConfig, RolloutConfig, TeacherActorConfig
+from listopd_ray.roles import learner as learner_module
 from listopd_ray.roles.learner import Learner
 from listopd_ray.roles.rollout import Generated, Request, RolloutWorker
 from listopd_ray.roles.teacher import Scored, Teacher
@@ -227,14 +229,23 @@ def test_scores_that_are_not_finite_stop_the_step_and_leave_the_weights(
     assert same_bits(weights_of(fresh), weights_of(learner))
 
 
-def test_a_gradient_that_is_not_finite_stops_the_step(make_learner, scored):
-    learner = make_learner()
-    with torch.no_grad():
-        next(learner._model.parameters())[0, 0] = math.nan
+def test_an_update_whose_gradient_is_not_finite_is_skipped(make_learner, scored, monkeypatch):
+    learner, fresh = make_learner(), make_learner()
+    for either in (learner, fresh):
+        either.step(1.5, LR, scored)
     before = weights_of(learner)
-    with pytest.raises(ListopdError, match="gradient"):
-        learner.step(1.0, LR, scored)
+    with monkeypatch.context() as patch:
+        loss = learner_module.opd_loss
+        patch.setattr(learner_module, "opd_loss", lambda *a, **k: math.nan * loss(*a, **k))
+        metrics = learner.step(1.5, LR, scored)
+    assert metrics["train/skipped"] == 1.0
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert "loss/grad_norm" not in metrics
     assert same_bits(before, weights_of(learner))
+    assert learner.policy_version == 2  # it is an update all the same
+    assert learner.step(1.5, LR, scored)["train/skipped"] == 0.0
+    fresh.step(1.5, LR, scored)  # without the one between
+    assert same_bits(weights_of(fresh), weights_of(learner))
 
 
 def test_a_restored_learner_goes_on_as_the_uninterrupted_one(
@@ -243,11 +254,10 @@ def test_a_restored_learner_goes_on_as_the_uninterrupted_one(
     whole = make_learner()
     whole.step(1.5, LR, scored)
     whole.step(1.2, LR, scored)
-    (tmp_path / "checkpoint").mkdir()
-    whole.save(str(tmp_path / "checkpoint"))
+    files = whole.save(str(tmp_path / "checkpoint"))
 
     resumed = make_learner(path=teacher_path)  # from other weights: all must come from the save
-    resumed.restore(str(tmp_path / "checkpoint"))
+    resumed.restore(str(tmp_path / "checkpoint"), files)
     assert resumed.policy_version == 2
     assert same_bits(weights_of(whole), weights_of(resumed))
     for step in range(2):
@@ -260,12 +270,27 @@ def test_a_restored_learner_goes_on_as_the_uninterrupted_one(
         assert all(torch.equal(value, states[1][index][slot]) for slot, value in slots.items())
 
 
+@pytest.mark.parametrize("name", ["student/model.safetensors", "optimizer.safetensors"])
+def test_a_learner_takes_nothing_from_a_damaged_checkpoint(make_learner, scored, tmp_path, name):
+    learner = make_learner()
+    learner.step(1.5, LR, scored)
+    files = learner.save(str(tmp_path / "checkpoint"))
+    learner.step(1.5, LR, scored)
+    before = weights_of(learner)
+    content = bytearray((tmp_path / "checkpoint" / name).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "checkpoint" / name).write_bytes(content)
+    with pytest.raises(CorruptCheckpoint, match=f"{name} is not what was written"):
+        learner.restore(str(tmp_path / "checkpoint"), files)
+    assert learner.policy_version == 2
+    assert same_bits(before, weights_of(learner))
+
+
 def test_a_learner_goes_back_to_before_its_first_update(make_learner, scored, tmp_path):
     learner = make_learner()
-    (tmp_path / "checkpoint").mkdir()
-    learner.save(str(tmp_path / "checkpoint"))
+    files = learner.save(str(tmp_path / "checkpoint"))
     learner.step(3.0, LR, scored)
-    learner.restore(str(tmp_path / "checkpoint"))
+    learner.restore(str(tmp_path / "checkpoint"), files)
     assert learner.policy_version == 0
     learner.step(1.5, LR, scored)  # as if AdamW had seen nothing
     fresh = make_learner()

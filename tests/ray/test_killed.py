@@ -1,0 +1,198 @@
+"""Processes and machines that end: the same command again, or the run itself, goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from safetensors.numpy import load_file
+
+from listopd_ray.config import Config, dump_config
+from listopd_ray.ledger import committed
+from listopd_ray.prepare import Prepared
+from listopd_ray.tracking import TIMING, read_jsonl
+
+# `listopd train` that sends itself a signal before the n-th call of a function.
+SCRIPT = """
+import importlib, os, sys
+module, owner, name, number, signum, *arguments = sys.argv[1:]
+owner = getattr(importlib.import_module(module), owner)
+original, left = getattr(owner, name), [int(number)]
+
+def call(*arguments, **options):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), int(signum))
+    return original(*arguments, **options)
+
+setattr(owner, name, call)
+from listopd_ray.__main__ import main
+main(["train", *arguments])
+"""
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    rows = read_jsonl(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(TIMING)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def small(config: Config, prepared: Prepared) -> Config:
+    """Sampled by transformers, which starts quickly; batches are drawn ahead."""
+    return dataclasses.replace(
+        config,
+        name="whole",
+        num_steps=10,
+        max_staleness=1,
+        rollout=dataclasses.replace(config.rollout, backend="hf", num_cpus=0.5),
+        checkpoint=dataclasses.replace(config.checkpoint, every=2),
+        evaluation=dataclasses.replace(config.evaluation, every=5),
+    )
+
+
+def train(
+    config: Config, tmp_path: Path, *where: str, signum: int = signal.SIGKILL
+) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, on the tests' Ray cluster."""
+    file = tmp_path / f"{config.name}.yaml"
+    file.write_text(dump_config(config))
+    place = [*(where or ("listopd_ray.train", "Loop", "turn", "-1")), str(int(signum))]
+    address = ray.get_runtime_context().gcs_address
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, *place, str(file)],
+        env=os.environ | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+KILLED = [
+    ("listopd_ray.cluster", "LearnerHandle", "step", "2"),  # before an update; nothing is kept yet
+    ("listopd_ray.cluster", "LearnerHandle", "publish_weights", "5"),  # after one
+    ("listopd_ray.tracking", "Run", "log", "2"),  # before its row
+    ("listopd_ray.cluster", "Workers", "fetch", "3"),  # while it samples
+    ("listopd_ray.checkpoint", "Checkpoints", "_move", "1"),  # a checkpoint written, not renamed
+]
+
+
+def test_a_run_killed_at_five_places_of_an_update_and_terminated_once_equals_the_undisturbed(
+    small: Config, tmp_path: Path
+) -> None:
+    done = train(small, tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole = Path(small.out) / "whole"
+    broken = dataclasses.replace(small, name="broken")
+    directory = Path(broken.out) / "broken"
+    for where in KILLED:
+        done = train(broken, tmp_path, *where)
+        assert done.returncode == -signal.SIGKILL, (where, done.stderr)
+    assert list((directory / "checkpoints").glob("*.tmp"))  # of the last kill
+    turn = ("listopd_ray.train", "Loop", "turn", "2")
+    done = train(broken, tmp_path, *turn, signum=signal.SIGTERM)
+    assert done.returncode == 128 + signal.SIGTERM
+    said = done.stderr.splitlines()[-1]
+    newest = (directory / "checkpoints" / "LATEST").read_text().strip()
+    step = int(newest.removeprefix("step-"))
+    assert said == (
+        f"listopd: interrupted by SIGTERM; checkpoint after update {step}: the same command goes on"
+    )
+    assert step < small.num_steps
+    done = train(broken, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(directory) == metrics_of(whole)
+    weights = [load_file(run / "student" / "model.safetensors") for run in (directory, whole)]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[1])
+    ledgers = [committed(read_jsonl(run / "ledger.jsonl")) for run in (directory, whole)]
+    for update, row in ledgers[1].items():
+        assert ledgers[0][update]["samples"] == row["samples"]
+
+
+def test_two_processes_never_write_one_run(small: Config, tmp_path: Path) -> None:
+    directory = Path(small.out) / "locked"
+    directory.mkdir(parents=True)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from filelock import FileLock\n"
+            f"FileLock({str(directory / '.lock')!r}).acquire(); print('held', flush=True)\n"
+            "sys.stdin.read()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        done = train(dataclasses.replace(small, name="locked"), tmp_path)
+    finally:
+        holder.communicate("")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"listopd: error: {directory}: another process is writing here"
+    )
+    assert [path.name for path in directory.iterdir()] == [".lock"]
+
+
+# A cluster of raylets: everything runs on a machine that is taken away, and goes on on another.
+NODES = """
+import sys, time
+import ray
+from ray.cluster_utils import Cluster
+from listopd_ray.config import Config, load_config
+from listopd_ray.job import train_job
+from listopd_ray.tracking import Run
+
+machines = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, include_dashboard=False))
+first = machines.add_node(num_cpus=4)
+ray.init(address=machines.address, log_to_driver=False)
+log, begun = Run.log, []
+
+def log_and_remove(run, step, metrics):
+    log(run, step, metrics)
+    if step == 3 and not begun:
+        machines.add_node(num_cpus=4)
+        begun.append(time.monotonic())
+        machines.remove_node(first, allow_graceful=False)
+    elif begun and step == 4:
+        print(f"next update after {time.monotonic() - begun[0]:.1f} s")
+
+Run.log = log_and_remove
+train_job(load_config(Config, sys.argv[1:]))
+"""
+
+
+def test_a_run_survives_the_loss_of_the_machine_that_hosts_its_roles(
+    small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(small, name="machines", num_steps=6, max_staleness=0)
+    file = tmp_path / "machines.yaml"
+    file.write_text(dump_config(config))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", NODES, str(file)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    with capsys.disabled():
+        print(f"\nmachine removed: {done.stdout.splitlines()[0]}", end="")
+    directory = Path(config.out) / "machines"
+    rows = read_jsonl(directory / "metrics.jsonl")
+    assert [row["train/step"] for row in rows] == list(range(7))
+    assert rows[-1]["fault/learner_restarts"] == 1
+    assert rows[-1]["fault/rollout_restarts"] >= 1
+    updates = committed(read_jsonl(directory / "ledger.jsonl"))
+    assert list(updates) == [1, 2, 3, 4, 5, 6]
+    for update, row in updates.items():
+        assert {part["version"] for part in row["samples"]} == {update - 1}
