@@ -62,14 +62,16 @@ class Bracket:
         self.asked: list[float] = list(state["asked"]) if state else []
         outcomes = [Outcome(**trial) for trial in state["trials"]] if state else []
         self.outcomes = {(o.lam, o.seed): o for o in outcomes}  # in the order they first ended
-        self._failed_updates: int = state["failed_updates"] if state else 0
+        failed = state["failed"] if state else []
+        self._failed = Counter({(lam, seed): updates for lam, seed, updates in failed})
         self._failures: Counter[tuple[float, int]] = Counter()
         self._running: set[tuple[float, int]] = set()
 
     def state(self) -> dict[str, Any]:
         """All that a restarted search needs, as JSON."""
         trials = [asdict(outcome) for outcome in self.outcomes.values()]
-        return {"asked": self.asked, "trials": trials, "failed_updates": self._failed_updates}
+        failed = [[*key, updates] for key, updates in self._failed.items()]
+        return {"asked": self.asked, "trials": trials, "failed": failed}
 
     def next_job(self) -> Job | None:
         """A trial to start now. None: at an end, or to be asked again once a trial has ended."""
@@ -85,13 +87,13 @@ class Bracket:
         self._running.discard(key)
         before = self.outcomes.get(key)
         spent = outcome.updates + (before.updates if before is not None else 0)
-        self.outcomes[key] = replace(outcome, updates=max(spent, outcome.step))
+        self.outcomes[key] = replace(outcome, updates=max(spent, outcome.step - self._failed[key]))
 
     def fail(self, lam: float, seed: int, updates: int = 0) -> None:
         """A trial ended without a result, after so many updates: it is asked for again."""
         self._running.discard((lam, seed))
         self._failures[lam, seed] += 1
-        self._failed_updates += updates
+        self._failed[lam, seed] += updates
 
     @property
     def given_up(self) -> bool:
@@ -114,7 +116,7 @@ class Bracket:
     @property
     def updates(self) -> int:
         """Spent by all trials, those that failed included."""
-        return self._failed_updates + sum(o.updates for o in self.outcomes.values())
+        return sum(self._failed.values()) + sum(o.updates for o in self.outcomes.values())
 
     @property
     def done(self) -> bool:
@@ -265,7 +267,7 @@ class Bracket:
             farther = [high - step for step in _steps(width, widened, at_once)]
             if below := [place for place in farther if place > 0]:
                 return sorted(below)
-        steps = (high - low) // HALVES
+        steps = math.ceil((high - low) / HALVES)  # either end may lie half-way
         between = {steps * n // (at_once + 1) for n in range(1, at_once + 1)} - {0}
         return [low + HALVES * step for step in sorted(between)]
 

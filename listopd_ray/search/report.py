@@ -67,7 +67,10 @@ class Display:
         if event == "error":
             self.last_error = f"{name}: {result['error']}"
             print(f"{name}: failed: {result['error']}", file=sys.stderr)
-        elif not self._live.is_started and key in self._bracket.outcomes:
+        elif key not in self._bracket.outcomes:
+            self.last_error = f"{name}: ended without counts"
+            print(self.last_error, file=sys.stderr)
+        elif not self._live.is_started:
             outcome = self._bracket.outcomes[key]
             print(f"{name}: {_outcome_text(outcome)}; {self._standing()}", flush=True)
 

@@ -32,7 +32,13 @@ from listopd_ray.slots import Slots
 from listopd_ray.splits import data_directory
 from listopd_ray.steering import check_origin, read_prediction
 from listopd_ray.task.data import dataset_hash
-from listopd_ray.tracking import check_unchanged, check_writable, read_json, replace_file
+from listopd_ray.tracking import (
+    check_unchanged,
+    check_writable,
+    lock_directory,
+    read_json,
+    replace_file,
+)
 from listopd_ray.types import ListopdError
 from listopd_ray.warmstart import warm_start
 
@@ -42,27 +48,32 @@ MAY_CHANGE = ("search.slots", "search.attempts", "search.num_samples")  # betwee
 
 def search_job(config: SearchConfig) -> None:
     """Search, or go on with it; then write the bracket, its figure and the recommended student."""
+    begun = time.time()
     _check(config)
     directory = run_directory(config)
     if (directory / "config.yaml").exists():
         check_unchanged(config, but_for=MAY_CHANGE)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        replace_file(directory / "config.yaml", dump_config(config))
-    except OSError as error:
-        raise ListopdError(f"{directory}: cannot write: {error.strerror}") from None
     run = with_values(config, {"out": str(directory / "trials"), "prediction": None})
     with ray_session():
         hashes = _warm_starts(config, run)
-        with Slots(run, config.search.slots) as slots:
+        if config.prediction is not None and not (directory / "prediction.json").exists():
+            # Warm starts of other seeds are near enough.
+            check_origin(config, _given(config), hashes, names=("data", "teacher"))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = lock_directory(directory)
+            replace_file(directory / "config.yaml", dump_config(config))
+        except OSError as error:
+            raise ListopdError(f"{directory}: cannot write: {error.strerror}") from None
+        with lock, Slots(run, config.search.slots) as slots:
             state = _read_state(directory, hashes)
             if config.search.algorithm != "bracket":
                 replace_file(directory / "search.json", json.dumps(state) + "\n")
                 return run_space(config, run, slots)
-            prediction = _prediction(config, run, slots, hashes)
+            prediction = _prediction(config, run, slots)
             bracket = _bracket(config, prediction, state)
             if not bracket.done:
-                _run_trials(config, run, slots, bracket, prediction, state)
+                _run_trials(config, run, slots, bracket, prediction, state, begun)
     outcome = outcome_json(config, bracket, prediction, state)
     _take_student(run, bracket, directory / "student")
     draw_bracket(outcome, directory / "bracket.svg")
@@ -77,10 +88,12 @@ def _run_trials(
     bracket: Bracket,
     prediction: dict[str, Any],
     state: dict[str, Any],
+    begun: float,
 ) -> None:
+    """`begun`: when the command was, for the seconds that it has taken."""
     import ray
 
-    file, begun, before = run_directory(config) / "search.json", time.time(), dict(state)
+    file, before = run_directory(config) / "search.json", dict(state)
 
     def save() -> None:
         state.update(bracket.state())
@@ -117,16 +130,18 @@ def _read_state(directory: Path, hashes: dict[str, Any]) -> dict[str, Any]:
     file = directory / "search.json"
     if not file.exists():
         slots: dict[str, list[float]] = {"built": [], "reused": []}
-        empty = {"asked": [], "trials": [], "failed_updates": 0, "seconds": 0.0}
+        empty = {"asked": [], "trials": [], "failed": [], "seconds": 0.0}
         return empty | {"slots": slots, "hashes": hashes}
     state = read_json(file, str(file))
     try:
-        numbers = [*state["asked"], state["failed_updates"], state["seconds"]]
+        numbers = [*state["asked"], state["seconds"], *(n for row in state["failed"] for n in row)]
         numbers += [*state["slots"]["built"], *state["slots"]["reused"]]
         outcomes = [Outcome(**trial) for trial in state["trials"]]
         numbers += [n for o in outcomes for n in (o.lam, o.seed, o.step, o.updates)]
-        counted = all(0 <= o.parsed <= o.sampled and o.sampled > 0 for o in outcomes)
-        intact = counted and all(isinstance(number, int | float) for number in numbers)
+        intact = all(0 <= o.parsed <= o.sampled and o.sampled > 0 for o in outcomes)
+        intact = intact and all(o.kind in ("finished", "collapsed") for o in outcomes)
+        intact = intact and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+        intact = intact and all(len(row) == 3 for row in state["failed"])
         begun_with = dict(state["hashes"])
     except (KeyError, TypeError, ValueError):
         intact = False
@@ -157,16 +172,12 @@ def _bracket(config: SearchConfig, prediction: dict[str, Any], state: dict[str, 
     )
 
 
-def _prediction(
-    config: SearchConfig, run: Config, slots: Slots, hashes: dict[str, Any]
-) -> dict[str, Any]:
+def _prediction(config: SearchConfig, run: Config, slots: Slots) -> dict[str, Any]:
     """As kept in the search's directory, else as given, else measured now on all seeds."""
     file = run_directory(config) / "prediction.json"
     if not file.exists():
         if config.prediction is not None:
             prediction = _given(config)
-            # Warm starts of other seeds are near enough.
-            check_origin(config, prediction, hashes, names=("data", "teacher"))
         else:
             measured = slots.measure(
                 [
@@ -191,7 +202,8 @@ def _start(content: Any, file: Path) -> dict[str, Any]:
     """The part of a prediction that a search uses; raises ListopdError where it makes no sense."""
     try:
         star = content["lambda_star"]
-        edges = [content.get(f"lambda_star_{side}") for side in ("low", "high")]
+        sides = ("low", "high") if star is not None else ()
+        edges = [content.get(f"lambda_star_{side}") for side in sides] or [None, None]
         low, high = (star if edge is None else edge for edge in edges)
         makes_sense = star is None or 1 <= low <= star <= high < MAX_PREDICTED
         masses = [content.get(f"{model}_mass") for model in ("teacher", "base")]
@@ -231,10 +243,14 @@ def _warm_starts(config: SearchConfig, run: Config) -> dict[str, Any]:
 def _take_student(run: Config, bracket: Bracket, target: Path) -> None:
     seed = bracket.student_seed
     trial = trial_config(run, {"lam": bracket.recommended, "seed": seed})
-    partial = target.with_name("student.tmp")
-    for old in (partial, target):
-        shutil.rmtree(old, ignore_errors=True)
-    shutil.copytree(run_directory(trial) / "student", partial)
+    source, partial = run_directory(trial) / "student", target.with_name("student.tmp")
+    if not source.is_dir():
+        if target.is_dir():
+            return  # taken before
+        raise ListopdError(f"{source}: the recommended student is gone")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
 
 
@@ -277,8 +293,10 @@ def _check(config: SearchConfig) -> None:
     require(search.patience >= 1, "patience", "must be ≥ 1")
     require(search.rung >= 0, "rung", "must be ≥ 0")
     distinct = len(set(search.seeds)) == len(search.seeds)
-    valid = bool(search.seeds) and min(search.seeds) >= 0 and distinct
-    require(valid, "seeds", "give at least one, each once and ≥ 0")
+    valid = bool(search.seeds) and distinct
+    require(valid, "seeds", "give at least one, each once")
+    for seed in search.seeds:
+        with_values(config, {"seed": seed})
     require(1e-4 <= search.resolution < math.inf, "resolution", "must be finite and ≥ 0.0001")
     wide = math.isfinite(search.max_lam) and search.max_lam >= 1 + search.resolution
     require(wide, "max_lam", "must be finite and at least 1 + search.resolution")

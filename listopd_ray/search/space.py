@@ -22,13 +22,14 @@ from rich.table import Table
 
 from listopd_ray.config import Config, run_directory, with_values
 from listopd_ray.job_config import SearchConfig
-from listopd_ray.search.tuning import PARSE_RATE, CollapseStopper, mark_stopped, run_tune, short
+from listopd_ray.search.tuning import PARSE_RATE, CollapseStopper, exact, mark_stopped, run_tune
 from listopd_ray.slots import Slots
 from listopd_ray.tracking import read_jsonl, replace_file
 from listopd_ray.types import ListopdError
 
 LISTS = ("grid_search", "choice")
-RANGES = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2}  # with so many arguments
+# With so many arguments.
+RANGES = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2, "qrandint": 3}
 # What trials share, or what the search sets itself.
 FIXED = (
     *("name", "out", "cache", "device", "prediction", "tracking", "demo_seeds"),
@@ -64,7 +65,7 @@ class Trials:
         if event == "result":
             return
         values = {key: result["config"][key] for key in self._keys}
-        name = ", ".join(f"{key} = {short(value)}" for key, value in values.items())
+        name = ", ".join(f"{key} = {exact(value)}" for key, value in values.items())
         row = {"name": name, **values}
         if event == "error":
             row["error"] = result["error"]
@@ -81,7 +82,7 @@ class Trials:
                 row[self._metric] = result[self._metric]
             if not row["finished"]:
                 mark_stopped(self._run, result)
-            end = "" if row["finished"] else f", stopped at update {row['updates']}"
+            end = f", stopped at update {row['updates']}" if _is_short(row, self._run) else ""
             print(f"{name}: strict parse {row['parse_rate']:.3f}{end}", flush=True)
         self._rows[name] = row
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows.values())
@@ -155,7 +156,9 @@ def check_space(config: SearchConfig) -> None:
         name, arguments = _parse(key, spec)
         if name == "grid_search" and search.algorithm == "optuna":
             raise ListopdError(f"search.space.{key}: optuna takes choice, not grid_search")
-        for value in arguments[:2] if name not in LISTS else arguments:  # a range by its ends
+        # A range by its ends, and by a draw: of another type it may be.
+        drawn = arguments if name in LISTS else [*arguments[:2], _domain(key, spec).sample()]
+        for value in drawn:
             try:
                 with_values(config, {key: value})
             except ListopdError as error:
@@ -192,9 +195,10 @@ def _parse(key: str, spec: Any) -> tuple[str, list[Any]]:
     if not isinstance(arguments, list) or not arguments:
         raise ListopdError(f"search.space.{key}.{name}: give a list, not {arguments}")
     if name in RANGES:
-        numbers = all(isinstance(value, int | float) for value in arguments)
-        if not numbers or len(arguments) != RANGES[name] or not arguments[0] < arguments[1]:
-            what = "low, high" if RANGES[name] == 2 else "low, high and a step"
+        numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in arguments)
+        in_order = numbers and len(arguments) == RANGES[name] and arguments[0] < arguments[1]
+        if not in_order or not all(step > 0 for step in arguments[2:]):
+            what = "low, high" if RANGES[name] == 2 else "low, high and a step > 0"
             raise ListopdError(f"search.space.{key}.{name}: give {what}, not {arguments}")
         if name == "loguniform" and arguments[0] <= 0:
             raise ListopdError(f"search.space.{key}.{name}: must be > 0, not {arguments[0]}")
@@ -203,18 +207,26 @@ def _parse(key: str, spec: Any) -> tuple[str, list[Any]]:
     return name, arguments
 
 
+def _is_short(row: dict[str, Any], config: Config) -> bool:
+    """Ended before its budget; ASHA also stops trials at its very end."""
+    return not row["finished"] and row["updates"] < config.num_steps
+
+
 def _table(config: SearchConfig, rows: list[dict[str, Any]]) -> Table:
     metric = config.search.metric
     table = Table(title=f"{config.name}: {len(rows)} trials, best first")
     keys = sorted(config.search.space)
-    for column in (*keys, metric, "strict parse", "updates", ""):
-        table.add_column(column, justify="right")
+    for column in (*keys, metric):
+        table.add_column(column.split("/")[-1].split(".")[-1], justify="right")
+    for column in ("strict parse", "updates", ""):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        values = [short(row[key]) for key in keys]
+        values = [f"{row[key]:.3g}" if isinstance(row[key], float) else row[key] for key in keys]
+        values = [str(value) for value in values]
         if "error" in row:
             table.add_row(*values, "", "", "", "failed")
             continue
-        end = "" if row["finished"] else "stopped early"
+        end = "stopped" if _is_short(row, config) else ""
         reached = f"{row[metric]:.3f}" if metric in row else "–"
         numbers = (reached, f"{row['parse_rate']:.3f}", f"{row['updates']}")
         table.add_row(*values, *numbers, end)

@@ -26,15 +26,17 @@ from listopd_ray.search.bracket import Bracket, Job
 from listopd_ray.search.judgement import Outcome
 from listopd_ray.slots import prepared_for
 from listopd_ray.tracking import evaluation_metrics, read_json, read_jsonl, replace_file
+from listopd_ray.types import ListopdError
 
 PARSE_RATE = "contract/parse_rate"  # of the rollouts of an update
 TO_THE_END = "full"  # key of a trial's values: it is not to be stopped
+AGAIN = "again"  # key of a report: its update was reported, and spent, before
 
 
 def trial_config(config: Config, values: dict[str, Any]) -> Config:
     """The run of a trial; `values` by dotted key. Equal values have equal names, which continue."""
     changes = {key: value for key, value in values.items() if key != TO_THE_END}
-    parts = [f"{key.rpartition('.')[2]}{short(value)}" for key, value in sorted(changes.items())]
+    parts = [f"{key.rpartition('.')[2]}{exact(value)}" for key, value in sorted(changes.items())]
     return with_values(config, changes | {"name": "-".join(parts)})
 
 
@@ -42,7 +44,8 @@ def distil_trial(values: dict[str, Any], *, config: Config, keeper: Any) -> None
     """The trainable: one run with `values` in place of the configuration's, in a leased slot.
 
     Every update is a report with the metrics' own names and the last evaluation's; the last report
-    has `finished`, and counts of the held-out evaluation.
+    has `finished`, and counts of the held-out evaluation. A trial that goes on reports first what
+    it did before.
     """
     from listopd_ray.job import distill
 
@@ -54,11 +57,16 @@ def distil_trial(values: dict[str, Any], *, config: Config, keeper: Any) -> None
         latest.update(metrics)
         tune.report(dict(latest))
 
+    def report_again(metrics: dict[str, float]) -> None:
+        """An update of another sitting: the stopper has to see it as it would have."""
+        latest.update(metrics)
+        tune.report(latest | {AGAIN: True})
+
     if _stopped_file(run).exists() and TO_THE_END not in values:
         return report(read_json(_stopped_file(run), str(_stopped_file(run))))
     if not summary_file.exists():  # else it was finished when the driver died
         for row in read_jsonl(run_directory(run) / "metrics.jsonl"):  # of an interrupted trial
-            latest.update(row)
+            report_again(row)
         prepared = prepared_for(run)
         holder = tune.get_context().get_trial_id()
         lease = ray.get(keeper.lease.remote(run, prepared.cluster_arguments(), holder))
@@ -66,12 +74,11 @@ def distil_trial(values: dict[str, Any], *, config: Config, keeper: Any) -> None
             distill(run, prepared, lease, report)
     summary = read_json(summary_file, str(summary_file))
     student = summary["student"]
-    counts = {
-        "finished": True,
-        "parsed": student["parse_rate"] * student["num_prompts"],
-        "sampled": student["num_prompts"],
-        "train/step": summary["num_steps"],
-    }
+    parsed, sampled = student["parse_rate"] * student["num_prompts"], student["num_prompts"]
+    if not 0 <= parsed <= sampled:  # NaN too
+        raise ListopdError(f"{summary_file}: strict parse is {student['parse_rate']}")
+    counts = {"parsed": parsed, "sampled": sampled, "train/step": summary["num_steps"]}
+    counts["finished"] = True
     report(evaluation_metrics(student) | counts)
 
 
@@ -116,7 +123,7 @@ class BracketSearcher(Searcher):
         return {"lam": job.lam, "seed": job.seed, TO_THE_END: job.full}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if "finished" not in result:
+        if "finished" not in result and AGAIN not in result:
             self._reported[trial_id].append(int(result["train/step"]))
 
     def on_trial_complete(
@@ -262,5 +269,7 @@ def run_tune(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def exact(value: Any) -> str:
+    """As short as it can be without being another's."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import ray
 from ray import cloudpickle, tune
 
+from listopd_ray import tracking
 from listopd_ray.calibrate import read_onset
 from listopd_ray.config import (
     AlarmConfig,
@@ -217,6 +219,10 @@ def test_another_configuration_under_the_same_name_is_refused(whole, changes, me
         (dict(algorithm="optuna", space={"lr": {"grid_search": [1]}}), "optuna takes choice"),
         (dict(algorithm="grid", space={"seed": {"randint": [0, 9]}}), "search.space.seed"),
         (dict(algorithm="grid", space={"lr": {"uniform": [2, 1]}}), "give low, high, not"),
+        (dict(algorithm="grid", space={"lr": {"quniform": [1, 2, 0]}}), "and a step > 0, not"),
+        (dict(algorithm="grid", space={"lr": {"uniform": [1, math.inf]}}), "give low, high, not"),
+        (dict(algorithm="grid", space={"num_prompts": {"uniform": [10, 20]}}), "num_prompts: "),
+        (dict(seeds=[1 << 63]), "seed: must be <"),
         (dict(algorithm="grid", space={"clip": {"uniform": [0, 3]}}), "clip: c must be > 1"),
         (dict(algorithm="grid", space={"lam": {"grid_search": [1, 1]}}), "give every value once"),
         (dict(algorithm="grid", space={"learner.dtype": {"choice": ["x"]}}), "trials share it"),
@@ -268,6 +274,7 @@ def test_what_moves_lam_during_a_trial_is_refused(made_up, changes):
         '{"lambda_star": 1.3, "clip": 2.0, "lambda_star_high": Infinity}',
         '{"lambda_star": 1.3, "clip": 2.0, "lambda_star_low": NaN}',
         '{"lambda_star": 1.3, "clip": 2.0, "hashes": {"data": 3}}',
+        '{"lambda_star": 1.3, "clip": 2.0, "hashes": {"data": ["another"]}}',
     ],
 )
 def test_a_prediction_that_makes_no_sense_is_refused_before_anything_is_written(made_up, content):
@@ -285,7 +292,8 @@ def test_a_prediction_that_makes_no_sense_is_refused_before_anything_is_written(
         "{",
         "{}",
         "[]",
-        '{"asked": [], "trials": [{}], "failed_updates": 0, "seconds": 0, "hashes": {}}',
+        '{"asked": [], "trials": [{}], "failed": [], "seconds": 0, "hashes": {}}',
+        '{"asked": [NaN], "trials": [], "failed": [], "seconds": 0, "hashes": {}, "slots": {}}',
     ],
 )
 def test_a_damaged_state_is_refused_and_kept(made_up, content):
@@ -296,6 +304,42 @@ def test_a_damaged_state_is_refused_and_kept(made_up, content):
     with pytest.raises(ListopdError, match=r"search\.json: not"):
         search_job(config)
     assert file.read_text() == content
+
+
+def test_a_prediction_that_is_refused_leaves_the_name_free(made_up):
+    config = made_up("free")
+    file = Path(config.prediction)
+    good = file.read_text()
+    file.write_text('{"lambda_star": 1.3, "clip": 2.0, "hashes": {"data": ["another"]}}')
+    with pytest.raises(ListopdError, match="was made for another data"):
+        search_job(config)
+    assert not run_directory(config).exists()
+    file.write_text(good)
+    search_job(replace(config, prediction=str(file)))
+    assert outcome(config)["high"] == 1.35
+
+
+def test_the_student_outlives_the_trials(made_up):
+    config = made_up("outlives")
+    search_job(config)
+    shutil.rmtree(run_directory(config) / "trials")
+    search_job(config)
+    assert (run_directory(config) / "student").is_dir()
+    shutil.rmtree(run_directory(config) / "student")
+    with pytest.raises(ListopdError, match="the recommended student is gone"):
+        search_job(config)
+
+
+def test_two_searches_never_write_one_directory(made_up, monkeypatch):
+    config = made_up("locked")
+    monkeypatch.setattr(tracking, "LOCK_WAIT_S", 0.1)
+    run_directory(config).mkdir()
+    with (
+        tracking.lock_directory(run_directory(config)),
+        pytest.raises(ListopdError, match="another process is writing here"),
+    ):
+        search_job(config)
+    assert not (run_directory(config) / "config.yaml").exists()
 
 
 def test_too_little_parsed_at_lam_one_ends_the_search_with_one_line(made_up, monkeypatch):

@@ -283,7 +283,41 @@ def test_updates_of_failed_and_of_forgotten_attempts_count():
     outcome = world.run(job)
     # Finished under a driver that was killed: no report reached this one.
     restored.record(dataclasses.replace(outcome, updates=0))
-    assert restored.updates == 7 + BUDGET
+    assert restored.updates == BUDGET  # the 7 are among them
+
+
+def test_what_a_failed_attempt_spent_counts_once():
+    world = World(0)
+    bracket = make_bracket(world, near(1.3))
+    job = bracket.next_job()
+    bracket.fail(job.lam, job.seed, updates=60)
+    again = make_bracket(world, near(1.3), state=json.loads(json.dumps(bracket.state())))
+    job = again.next_job()
+    again.record(dataclasses.replace(world.run(job), updates=80))  # from its checkpoint at 40
+    assert again.updates == 60 + 80
+
+
+def test_a_bracket_that_is_wider_than_asked_has_something_unclear_in_between():
+    """Also where its ends lie half-way between places: a plateau near the floor puts them there."""
+    wide, dice = 0, np.random.default_rng(0)
+    for number in range(300):
+        world = World(number)
+        left, right, height = (
+            dice.uniform(1.3, 1.45),
+            dice.uniform(1.4, 1.8),
+            dice.normal(0.4, 0.03),
+        )
+        world.parse = lambda lam, seed, left=left, right=right, height=height: (
+            0.8 if lam < left else height if lam < right else 0.0
+        )
+        bracket = make_bracket(world, (1.3, 1.6), resolution=0.1)
+        simulate(world, bracket)
+        if bracket.high - bracket.low > 0.1001:
+            wide += 1
+            between = [lam for lam in bracket.asked if bracket.low < lam < bracket.high]
+            assert between, (number, bracket.asked, bracket.low, bracket.high)
+            assert not any(bracket.is_clear(bracket.verdict(lam)) for lam in between)
+    assert wide > 30
 
 
 def test_no_trial_is_started_that_may_turn_out_superfluous():
