@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet $(PIP_FLAGS)
 CPU_INDEX := $(if $(filter cpu,$(EXTRA)),$(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)))
 STAMP := $(VENV)/installed-$(EXTRA)
 
-.PHONY: help install demo test unit lint format clean
+.PHONY: help install demo test unit chaos fuzz lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -26,6 +26,12 @@ test: $(STAMP)  ## all tests: unit, then real Ray and real engines
 
 unit: $(STAMP)  ## the tests without Ray and engines, in seconds
 	$(BIN)/python -m pytest tests/unit
+
+chaos: $(STAMP)  ## kill every role of a real run, 20 rounds at random moments
+	LISTOPD_CHAOS_ROUNDS=4 $(BIN)/python -m pytest tests/ray/test_faults.py tests/ray/test_killed.py
+
+fuzz: $(STAMP)  ## 10,000 inputs for every reader, the strict parser and the configuration
+	LISTOPD_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/unit/test_fuzz.py
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

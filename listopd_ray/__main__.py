@@ -173,8 +173,9 @@ def main(arguments: list[str] | None = None) -> None:
         _dispatch(arguments)
     except ListopdError as error:
         # Ray wraps what an actor raised together with a remote trace.
-        what = "error: " if error.exit_status == 1 else ""
-        print(f"listopd: {what}{getattr(error, 'cause', error)}", file=sys.stderr)
+        if error.exit_status == 1:
+            sys.exit(f"listopd: error: {getattr(error, 'cause', error)}")
+        print(f"listopd: {error}", file=sys.stderr)  # a signal ended it
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         sys.exit("listopd: interrupted")

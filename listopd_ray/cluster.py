@@ -25,15 +25,8 @@ from listopd_ray.config import Config
 from listopd_ray.roles.learner import Learner
 from listopd_ray.roles.rollout import Generated, Request, RolloutWorker
 from listopd_ray.roles.teacher import Scored, Teacher
-from listopd_ray.supervision import (
-    LOST,
-    START_TIMEOUT_S,
-    Faults,
-    LearnerLost,
-    Team,
-    Work,
-    why_lost,
-)
+from listopd_ray.supervision import Faults, LearnerLost
+from listopd_ray.team import LOST, START_TIMEOUT_S, Team, Work, why_lost
 from listopd_ray.types import ListopdError, Prompt
 
 # Freed blocks stay with the process instead of going back to the system and being faulted in again

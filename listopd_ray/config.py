@@ -278,9 +278,10 @@ def load_config(schema: type[T], arguments: list[str]) -> T:
     """
     config = OmegaConf.structured(schema)
     for argument in arguments:
+        shown = " ".join(argument.split())  # an error is one line
         is_pair = "=" in argument
         if not is_pair and not argument.endswith((".yaml", ".yml")):
-            raise ListopdError(f"'{argument}' is neither key=value nor a YAML file")
+            raise ListopdError(f"'{shown}' is neither key=value nor a YAML file")
         try:
             layer = OmegaConf.from_dotlist([argument]) if is_pair else OmegaConf.load(argument)
             if "from_" in config and isinstance(layer, DictConfig) and "from" in layer:
@@ -290,11 +291,11 @@ def load_config(schema: type[T], arguments: list[str]) -> T:
                     layer.pop(section, None)  # a job's file serves for a single run of it too
             config = OmegaConf.merge(config, layer)
         except FileNotFoundError:
-            raise ListopdError(f"{argument}: no such file") from None
+            raise ListopdError(f"{shown}: no such file") from None
         except OmegaConfBaseException as error:
-            raise ListopdError(f"{argument}: {_first_line(error)}") from None
+            raise ListopdError(f"{shown}: {_first_line(error)}") from None
         except Exception as error:  # a YAML parser's error has no common base in OmegaConf
-            raise ListopdError(f"{argument}: {' '.join(str(error).split())}") from None
+            raise ListopdError(f"{shown}: {' '.join(str(error).split())}") from None
     try:
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -93,15 +94,22 @@ def load_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu")
     """
     _check_directory(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
         raise ListopdError(f"{path}: not a usable checkpoint: {_one_line(error)}") from None
+    if report["missing_keys"]:  # transformers would draw them at random
+        missing = sorted(report["missing_keys"])
+        raise ListopdError(f"{path}: {len(missing)} weights are missing, the first {missing[0]}")
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ListopdError(f"{path}: {name} holds values that are not finite")
     if getattr(model.config, "final_logit_softcapping", None):
         raise ListopdError(f"{path}: models with capped logits are not supported")
     return model.to(device)
@@ -167,6 +175,11 @@ def model_hash(path: str | Path) -> str:
 
 def _tokenizer_fingerprint(path: Path) -> str:
     tokenizer = load_tokenizer(path)
+    num_embeddings = json.loads(Path(path, "config.json").read_text()).get("vocab_size")
+    if num_embeddings is not None and num_embeddings < len(tokenizer):
+        raise ListopdError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model embeds {num_embeddings}"
+        )
     # Equal vocabularies are no proof of equal splits: a probe of every kind of text goes with them.
     probe = '{"ranking": [3, 10, 2]}\n1 Blue sock’s $12.50 (7)\n\tÄ 東京  x'
     content = [sorted(tokenizer.get_vocab().items()), tokenizer.encode(probe)]

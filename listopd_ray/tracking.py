@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,12 +55,13 @@ class Run:
         report: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         check_startable(config)
+        self._lock = ExitStack()
         self._report = report
         self.directory = run_directory(config)
         self._config = config
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_directory(self.directory)
+            self._lock.enter_context(lock_directory(self.directory))
             check_startable(config)  # whoever held the lock may have finished the run
             _check_inputs(self.directory / "inputs.json", hashes)
             replace_file(self.directory / "inputs.json", json.dumps(hashes, indent=2) + "\n")
@@ -79,7 +81,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
-        self._lock.release()
+        self._lock.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
@@ -240,18 +242,22 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def lock_directory(directory: Path) -> FileLock:
-    """Held as long as its process lives; raises ListopdError where another one has it."""
+@contextmanager
+def lock_directory(directory: Path) -> Iterator[None]:
+    """Held at most as long as the process lives; raises ListopdError where another one has it."""
     lock = FileLock(directory / ".lock")
     try:
         lock.acquire(timeout=LOCK_WAIT_S)
     except Timeout:
         raise ListopdError(f"{directory}: another process is writing here") from None
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with file.open("a", encoding="utf-8") as stream:
+    with _explained(file), file.open("a", encoding="utf-8") as stream:
         stream.writelines(map(_line, rows))
 
 
@@ -284,7 +290,21 @@ def read_jsonl(file: Path) -> list[Any]:
 
 
 def replace_file(file: Path, text: str) -> None:
-    """Write `file` whole or not at all."""
+    """Write `file` whole or not at all; raises ListopdError where that fails."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # trials may share a cache
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    with _explained(file):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, file)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    """Disk full, read-only, gone: one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ListopdError(f"{file}: cannot write: {error.strerror}") from error

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
-from ray.exceptions import ObjectLostError
 from tqdm import tqdm
 
 from listopd_ray.checkpoint import Files
@@ -83,7 +82,7 @@ def train(
             try:
                 todo()
                 todo = None if loop.done else loop.turn
-            except (LearnerLost, ObjectLostError) as error:
+            except LearnerLost as error:
                 todo = functools.partial(loop.recover, error)
             except (LimitReached, Interrupted) as error:
                 loop.leave(error)

@@ -61,11 +61,10 @@ def search_job(config: SearchConfig) -> None:
             check_origin(config, _given(config), hashes, names=("data", "teacher"))
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            lock = lock_directory(directory)
-            replace_file(directory / "config.yaml", dump_config(config))
         except OSError as error:
             raise ListopdError(f"{directory}: cannot write: {error.strerror}") from None
-        with lock, Slots(run, config.search.slots) as slots:
+        with lock_directory(directory), Slots(run, config.search.slots) as slots:
+            replace_file(directory / "config.yaml", dump_config(config))
             state = _read_state(directory, hashes)
             if config.search.algorithm != "bracket":
                 replace_file(directory / "search.json", json.dumps(state) + "\n")

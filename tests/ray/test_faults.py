@@ -181,16 +181,16 @@ def test_a_role_that_hangs_is_replaced(
     undisturbed: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    generate = Workers.generate
+    score = TeacherPool.score
     stopped: list[int] = []
 
-    def stop(workers: Workers, prompts: Any, tag: str, **options: Any) -> Any:
-        if tag == "train/1" and not stopped:
-            stopped.append(pid_of(workers._team.actors[0]))
+    def stop(teacher: TeacherPool, generated: Any) -> Any:
+        if not stopped:
+            stopped.append(pid_of(teacher._team.actors[0]))
             os.kill(stopped[0], signal.SIGSTOP)
-        return generate(workers, prompts, tag, **options)
+        return score(teacher, generated)
 
-    monkeypatch.setattr(Workers, "generate", stop)
+    monkeypatch.setattr(TeacherPool, "score", stop)
     monkeypatch.setattr(
         own_cluster.faults, "_config", dataclasses.replace(long_config.faults, timeout_s=5.0)
     )

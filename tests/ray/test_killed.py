@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ import pytest
 import ray
 from safetensors.numpy import load_file
 
+from listopd_ray.checkpoint import Checkpoints
+from listopd_ray.cluster import Cluster, LearnerHandle, Workers, launch
 from listopd_ray.config import Config, dump_config
+from listopd_ray.job import distill
 from listopd_ray.ledger import committed
 from listopd_ray.prepare import Prepared
-from listopd_ray.tracking import TIMING, read_jsonl
+from listopd_ray.tracking import TIMING, Run, read_jsonl
+
+ROUNDS = int(os.environ.get("LISTOPD_CHAOS_ROUNDS", "1"))
 
 # `listopd train` that sends itself a signal before the n-th call of a function.
 SCRIPT = """
@@ -74,45 +80,89 @@ def train(
     )
 
 
-KILLED = [
-    ("listopd_ray.cluster", "LearnerHandle", "step", "2"),  # before an update; nothing is kept yet
-    ("listopd_ray.cluster", "LearnerHandle", "publish_weights", "5"),  # after one
-    ("listopd_ray.tracking", "Run", "log", "2"),  # before its row
-    ("listopd_ray.cluster", "Workers", "fetch", "3"),  # while it samples
-    ("listopd_ray.checkpoint", "Checkpoints", "_move", "1"),  # a checkpoint written, not renamed
+PLACES = [
+    (LearnerHandle, "step", 2),  # before an update; nothing is kept yet
+    (LearnerHandle, "publish_weights", 5),  # after one
+    (Run, "log", 2),  # before its row
+    (Workers, "fetch", 3),  # while it samples
+    (Checkpoints, "_move", 1),  # a checkpoint is written, and not renamed
 ]
 
 
-def test_a_run_killed_at_five_places_of_an_update_and_terminated_once_equals_the_undisturbed(
-    small: Config, tmp_path: Path
+class Killed(BaseException):
+    """The end of a process, for whoever shares it."""
+
+
+@pytest.fixture(scope="module")
+def engines(small: Config, prepared: Prepared) -> Iterator[Cluster]:
+    with launch(small, **prepared.cluster_arguments()) as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def whole(small: Config, prepared: Prepared, engines: Cluster) -> Path:
+    """A run that nothing happened to."""
+    distill(small, prepared, engines)
+    return Path(small.out) / small.name
+
+
+def check_equal(run: Path, whole: Path) -> None:
+    assert metrics_of(run) == metrics_of(whole)
+    weights = [load_file(path / "student" / "model.safetensors") for path in (run, whole)]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[1])
+    ledgers = [committed(read_jsonl(path / "ledger.jsonl")) for path in (run, whole)]
+    for update, row in ledgers[1].items():
+        assert ledgers[0][update]["samples"] == row["samples"]
+
+
+def test_a_run_that_ends_at_five_places_of_an_update_equals_the_undisturbed(
+    small: Config, prepared: Prepared, engines: Cluster, whole: Path
 ) -> None:
-    done = train(small, tmp_path)
-    assert done.returncode == 0, done.stderr
-    whole = Path(small.out) / "whole"
-    broken = dataclasses.replace(small, name="broken")
-    directory = Path(broken.out) / "broken"
-    for where in KILLED:
-        done = train(broken, tmp_path, *where)
-        assert done.returncode == -signal.SIGKILL, (where, done.stderr)
-    assert list((directory / "checkpoints").glob("*.tmp"))  # of the last kill
+    config = dataclasses.replace(small, name="ended")
+    for owner, verb, number in PLACES:
+        original, left = getattr(owner, verb), [number]
+
+        def call(
+            *arguments: Any, original: Any = original, left: Any = left, **options: Any
+        ) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return original(*arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, verb, call)
+            distill(config, prepared, engines)
+    distill(config, prepared, engines)
+    check_equal(Path(config.out) / "ended", whole)
+
+
+@pytest.mark.parametrize("place", [*(range(5) if ROUNDS > 1 else ()), "checkpoint"])
+def test_a_run_whose_process_is_killed_and_then_terminated_equals_the_undisturbed(
+    small: Config, whole: Path, tmp_path: Path, place: int | str
+) -> None:
+    config = dataclasses.replace(small, name=f"killed-{place}")
+    directory = Path(config.out) / config.name
+    # The second checkpoint: one is there already.
+    owner, verb, number = PLACES[place] if place != "checkpoint" else (Checkpoints, "_move", 3)
+    done = train(config, tmp_path, owner.__module__, owner.__name__, verb, str(number))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    if place == "checkpoint":
+        assert (directory / "checkpoints" / "LATEST").read_text() == "step-000002\n"
+        assert (directory / "checkpoints" / "step-000004.tmp" / "manifest.json").exists()
     turn = ("listopd_ray.train", "Loop", "turn", "2")
-    done = train(broken, tmp_path, *turn, signum=signal.SIGTERM)
+    done = train(config, tmp_path, *turn, signum=signal.SIGTERM)
     assert done.returncode == 128 + signal.SIGTERM
-    said = done.stderr.splitlines()[-1]
     newest = (directory / "checkpoints" / "LATEST").read_text().strip()
     step = int(newest.removeprefix("step-"))
-    assert said == (
+    assert done.stderr.splitlines()[-1] == (
         f"listopd: interrupted by SIGTERM; checkpoint after update {step}: the same command goes on"
     )
     assert step < small.num_steps
-    done = train(broken, tmp_path)
+    done = train(config, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert metrics_of(directory) == metrics_of(whole)
-    weights = [load_file(run / "student" / "model.safetensors") for run in (directory, whole)]
-    assert all((weights[0][name] == weights[1][name]).all() for name in weights[1])
-    ledgers = [committed(read_jsonl(run / "ledger.jsonl")) for run in (directory, whole)]
-    for update, row in ledgers[1].items():
-        assert ledgers[0][update]["samples"] == row["samples"]
+    check_equal(directory, whole)
 
 
 def test_two_processes_never_write_one_run(small: Config, tmp_path: Path) -> None:
@@ -123,8 +173,8 @@ def test_two_processes_never_write_one_run(small: Config, tmp_path: Path) -> Non
             sys.executable,
             "-c",
             "import sys; from filelock import FileLock\n"
-            f"FileLock({str(directory / '.lock')!r}).acquire(); print('held', flush=True)\n"
-            "sys.stdin.read()",
+            f"lock = FileLock({str(directory / '.lock')!r}); lock.acquire()\n"
+            "print('held', flush=True); sys.stdin.read()",
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -12,7 +12,8 @@ import ray
 from listopd_ray.cluster import Cluster, Workers
 from listopd_ray.config import Config
 from listopd_ray.prepare import Prepared
-from listopd_ray.supervision import ActorLost, Team
+from listopd_ray.supervision import ActorLost
+from listopd_ray.team import Team
 from listopd_ray.types import Prompt, Weights
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import shutil
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from listopd_ray.config import ModelConfig
 from listopd_ray.models import (
@@ -160,6 +162,47 @@ def test_a_broken_checkpoint_is_an_error_of_one_line(student_path, tmp_path, spo
         load_model(tmp_path / "model")
     assert str(tmp_path / "model") in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_named(student_path, tmp_path, value):
+    shutil.copytree(student_path, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 1] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ListopdError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that"):
+        load_model(tmp_path / "model")
+
+
+def test_a_weight_that_is_missing_is_not_drawn_at_random(student_path, tmp_path):
+    shutil.copytree(student_path, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ListopdError, match=r"1 weights are missing, the first model\.layers\.1"):
+        load_model(tmp_path / "model")
+
+
+def test_weights_of_another_architecture_are_refused(student_path, tmp_path):
+    shutil.copytree(student_path, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    content = json.loads(file.read_text()) | {"num_hidden_layers": 3}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ListopdError, match=r"not a usable checkpoint: .*num_hidden_layers"):
+        load_model(tmp_path / "model")
+    file.write_text(json.dumps(content | {"layer_types": 3 * ["full_attention"]}))
+    with pytest.raises(ListopdError, match="weights are missing"):
+        load_model(tmp_path / "model")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(student_path, tmp_path):
+    shutil.copytree(student_path, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 100}))
+    with pytest.raises(ListopdError, match=r"the tokenizer has \d+ tokens, the model embeds 100"):
+        check_same_tokenizer({"student": tmp_path / "model"})
 
 
 def test_a_model_is_a_function_of_its_seed(tokenizer):

@@ -1,0 +1,126 @@
+"""The actors of one role, of which any may die or hang: calls that can be made again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    WorkerCrashedError,
+)
+
+from listopd_ray.supervision import LOOK_S, ActorLost, Faults, LearnerLost, check_interrupt
+
+START_TIMEOUT_S = 600.0
+# The process is gone, with its node or alone; what a task raised itself is none of these.
+GONE = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, GetTimeoutError)
+LOST = (*GONE, ObjectLostError)
+
+
+@dataclass
+class Work:
+    """A call of one of a team's actors, which can be made again."""
+
+    index: int  # of the actor
+    call: Callable[[Any, int], Any]  # (actor, attempt) → reference
+    actor: Any
+    reference: Any
+    attempt: int = 0
+
+
+class Team:
+    """The actors of one role. One that dies or hangs is replaced, and its calls are made again."""
+
+    def __init__(
+        self,
+        role: str,
+        actors: Sequence[Any],
+        faults: Faults,
+        spawn: Callable[[int], Any] | None,
+    ) -> None:
+        """`spawn` starts a new actor in the place of number `index`; None: a loss is final, as
+        where several runs share the actors."""
+        self.role = role
+        self.actors = list(actors)
+        self._faults = faults
+        self._spawn = spawn
+        self.set_up: Callable[[Any], Any] | None = None  # a new actor's call before it serves
+
+    def start(self, index: int, call: Callable[[Any, int], Any]) -> Work:
+        actor = self.actors[index]
+        return Work(index, call, actor, call(actor, 0))
+
+    def results(self, works: Sequence[Work], *, poisons: bool = False) -> list[Any]:
+        """Of all, in order; `poisons`: an actor whose call fails is not to be used again."""
+        return [self._result(work, poisons) for work in works]
+
+    def _result(self, work: Work, poisons: bool) -> Any:
+        while True:
+            try:
+                return wait(work.reference, self._faults.timeout_s)
+            except LOST as error:
+                self._replace(work, why_lost(error))
+            except RayError as error:
+                if not poisons:
+                    raise
+                self._replace(work, f"failed: {_last_line(error)}")
+            work.actor = self.actors[work.index]
+            work.attempt += 1
+            work.reference = work.call(work.actor, work.attempt)
+
+    def _replace(self, work: Work, why: str) -> None:
+        """Unless it has been, since the call was made."""
+        if self.actors[work.index] is not work.actor:
+            return
+        who = f"{self.role} {work.index}"
+        if self._spawn is None:
+            raise ActorLost(f"{who}: {why}")
+        ray.kill(work.actor)
+        while True:
+            self._faults.spend(self.role, f"number {work.index} {why}")
+            actor = self._spawn(work.index)
+            try:
+                wait(actor.__ray_ready__.remote(), START_TIMEOUT_S)
+                if self.set_up is not None:
+                    wait(self.set_up(actor), self._faults.timeout_s)
+                break
+            except GONE as error:
+                ray.kill(actor)
+                why = why_lost(error)
+            except ObjectLostError as error:  # the weights
+                raise LearnerLost("learner lost its machine") from error
+        self.actors[work.index] = actor
+
+
+def wait(reference: Any, timeout_s: float) -> Any:
+    """`ray.get` that an interrupt ends; raises Interrupted then, GetTimeoutError after the time."""
+    end = time.monotonic() + timeout_s
+    while True:
+        check_interrupt()
+        left = end - time.monotonic()
+        ready, _ = ray.wait([reference], timeout=max(0.0, min(LOOK_S, left)))
+        if ready:
+            return ray.get(reference)
+        if left <= 0:
+            raise GetTimeoutError(f"no answer in {timeout_s:g} s")
+
+
+def why_lost(error: Exception) -> str:
+    if isinstance(error, GetTimeoutError):
+        return f"hung: {error}"
+    return f"died: {_last_line(error)}"
+
+
+def _last_line(error: BaseException) -> str:
+    """What an error that came through Ray says in the end."""
+    lines = str(getattr(error, "cause", error)).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
