@@ -69,6 +69,10 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
+class StartFailed(ListopdError):  # noqa: N818 - what happened, not what went wrong
+    """An actor died before it was ready."""
+
+
 class Workers:
     """The rollout workers as one."""
 
@@ -199,8 +203,14 @@ class LearnerHandle:
         """Another actor in the place of one that was lost; raises `why` where nobody may."""
         if self._spawn is None:
             raise why
-        self._faults.spend("learner", str(why).removeprefix("learner "))
-        self._actor = self._spawn()
+        reason = str(why)
+        while True:
+            self._faults.spend("learner", reason.removeprefix("learner").lstrip(": "))
+            try:
+                self._actor = self._spawn()
+                return
+            except StartFailed as error:  # on a machine that is about to be known as gone
+                reason = str(error)
 
     def _wait(self, reference: Any) -> Any:
         try:
@@ -416,7 +426,7 @@ def _wait(references: list[Any], what: str) -> None:
         raise ListopdError(f"{what}: not ready after {START_TIMEOUT_S:g} s") from None
     except ray.exceptions.ActorDiedError as error:
         reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
-        raise ListopdError(f"{what}: failed to start: {reason}") from error
+        raise StartFailed(f"{what}: failed to start: {reason}") from error
 
 
 def _vllm_env(config: Config) -> dict[str, str]:

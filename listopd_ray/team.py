@@ -117,7 +117,9 @@ def wait(reference: Any, timeout_s: float) -> Any:
 def why_lost(error: Exception) -> str:
     if isinstance(error, GetTimeoutError):
         return f"hung: {error}"
-    return f"died: {_last_line(error)}"
+    if "running low on memory" in str(error):  # Ray's memory monitor has ended it
+        return "died: its machine was out of memory"
+    return f"died: {_last_line(error).split('. ')[0]}"  # Ray goes on with what may be the cause
 
 
 def _last_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -215,9 +216,9 @@ def test_when_nothing_more_may_be_replaced_the_run_ends_with_a_checkpoint_and_go
         patch.setattr(own_cluster.faults, "_config", none)
         with pytest.raises(ListopdError) as raised:
             distill(config, prepared, own_cluster)
-    assert str(raised.value).startswith("teacher: number 0 died")
-    kept = "faults.max_restarts=0; checkpoint after update 2: the same command goes on"
-    assert str(raised.value).endswith(kept)
+    # It may have died when its work for the third update was just done.
+    kept = r"faults\.max_restarts=0; checkpoint after update [23]: the same command goes on"
+    assert re.fullmatch(rf"teacher: number 0 died: [^\n]*; {kept}", str(raised.value))
     distill(config, prepared, own_cluster)  # whose teacher is dead: it is replaced now
     directory = Path(config.out) / config.name
     assert metrics_of(directory) == metrics_of(undisturbed)

@@ -217,6 +217,9 @@ def log_and_remove(run, step, metrics):
 
 Run.log = log_and_remove
 train_job(load_config(Config, sys.argv[1:]))
+sys.stdout.flush()
+ray.shutdown()
+machines.shutdown()
 """
 
 
