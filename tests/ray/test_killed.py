@@ -243,7 +243,7 @@ def test_a_run_survives_the_loss_of_the_machine_that_hosts_its_roles(
     directory = Path(config.out) / "machines"
     rows = read_jsonl(directory / "metrics.jsonl")
     assert [row["train/step"] for row in rows] == list(range(7))
-    assert rows[-1]["fault/learner_restarts"] == 1
+    assert rows[-1]["fault/learner_restarts"] >= 1
     assert rows[-1]["fault/rollout_restarts"] >= 1
     updates = committed(read_jsonl(directory / "ledger.jsonl"))
     assert list(updates) == [1, 2, 3, 4, 5, 6]
