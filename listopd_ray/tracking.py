@@ -59,6 +59,7 @@ class Run:
         self._report = report
         self.directory = run_directory(config)
         self._config = config
+        self._owner = {**_flat(_nested(config)), **hashes}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(lock_directory(self.directory))
@@ -70,7 +71,7 @@ class Run:
             raise ListopdError(f"{self.directory}: cannot write: {error.strerror}") from None
         path = config.checkpoint.path
         root = f"{path.rstrip('/')}/{config.name}" if path else str(self.directory / "checkpoints")
-        self._checkpoints = Checkpoints(root, config.checkpoint.keep)
+        self._root, self._checkpoints = root, Checkpoints(root, config.checkpoint.keep)
         self._wandb = _start_wandb(config, self.directory) if config.tracking.wandb else None
         # What W&B has already is not sent again by the updates that are repeated after a restart.
         self._known_to_wandb = self._wandb.summary.get("train/step", -1) if self._wandb else -1
@@ -89,6 +90,8 @@ class Run:
         """State of the newest checkpoint, put into `learner`; what was logged later is cut, but for
         roll-backs."""
         state = self._checkpoints.restore(learner)
+        if state is not None:
+            self._check_owner(state["run"])
         last_step = state["step"] if state else -1
         if state and state["unfinished"]:
             last_step -= 1  # its row is still to come
@@ -102,11 +105,19 @@ class Run:
 
     def save(self, step: int, learner: Saves, state: dict[str, Any], **marks: Any) -> None:
         """As `Checkpoints.save`."""
-        self._checkpoints.save(step, learner, state, **marks)
+        self._checkpoints.save(step, learner, {**state, "run": self._owner}, **marks)
 
     def mark_healthy(self, step: int) -> None:
         """If there is a checkpoint after `step` updates."""
         self._checkpoints.mark_healthy(step)
+
+    def _check_owner(self, before: dict[str, Any]) -> None:
+        """Others may have written to `checkpoint.path` under the same name."""
+        now = json.loads(json.dumps(self._owner))
+        changed = [key for key in now if key in before and now[key] != before[key]]
+        if changed:
+            listed = ", ".join(f"{key} ({before[key]} → {now[key]})" for key in changed)
+            raise ListopdError(f"{self._root}: checkpoints of another run: {listed}")
 
     def roll_back(self, learner: Saves) -> dict[str, Any]:
         """`restore` once a roll-back is recorded: from the newest checkpoint that was healthy."""

@@ -204,6 +204,21 @@ def test_where_the_last_checkpoint_cannot_be_written_that_is_said(
     assert str(raised.value).startswith(expected)
 
 
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_checkpoints_may_lie_elsewhere_and_are_those_of_one_run(config, start, tmp_path, scheme):
+    place = f"{scheme}{tmp_path}/elsewhere"
+    checkpoint = dataclasses.replace(config.checkpoint, path=place)
+    config = dataclasses.replace(config, checkpoint=checkpoint)
+    whole = start(dataclasses.replace(config, name="whole"))
+    with pytest.raises(Interrupted):
+        start(config, at=9)
+    assert start(config).learner.theta == whole.learner.theta
+    assert not run_file(config, "checkpoints").exists()
+    other = dataclasses.replace(config, out=str(tmp_path / "other"), seed=5)
+    with pytest.raises(ListopdError, match=r"checkpoints of another run: .*seed \(0 → 5\)"):
+        start(other)
+
+
 class Unfit(FakeTeacher):
     """Says no number for some samples of every batch after the gate."""
 
