@@ -15,7 +15,7 @@ import rich
 from rich.table import Table
 
 from listopd_ray import __version__
-from listopd_ray.cluster import Cluster, TeacherPool, launch, make_requests, serve
+from listopd_ray.cluster import Cluster, LearnerHandle, TeacherPool, launch, make_requests, serve
 from listopd_ray.config import CliffConfig, Config, run_directory
 from listopd_ray.evaluate import evaluate
 from listopd_ray.models import end_ids, load_tokenizer, model_hash
@@ -24,6 +24,7 @@ from listopd_ray.roles.rollout import Generated
 from listopd_ray.slots import Lease
 from listopd_ray.splits import data_directory, load_split
 from listopd_ray.steering import check_prediction, read_prediction
+from listopd_ray.supervision import LearnerLost
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import dataset_hash
 from listopd_ray.tracking import Run, check_startable, check_unchanged, replace_file
@@ -131,7 +132,7 @@ def distill(
         results = train(config, prepared, workers, scorer, learner, run, cluster.faults)
         teacher = teacher_evaluation(config, prepared, cluster.teacher)
         student = run.directory / "student"
-        learner.export(student)
+        _export(learner, run, student)
         summary = {
             "warm_start": results["warm_start"],
             "teacher": teacher,
@@ -150,6 +151,16 @@ def distill(
         (student / "README.md").write_text(model_card(config, summary), encoding="utf-8")
         run.finish(summary)
     return summary
+
+
+def _export(learner: LearnerHandle, run: Run, student: Path) -> None:
+    """The trained student; a learner that dies comes back from the last checkpoint."""
+    while True:
+        try:
+            return learner.export(student)
+        except LearnerLost as error:
+            learner.restart(error)
+            run.restore(learner)
 
 
 def teacher_evaluation(config: Config, prepared: Prepared, teacher: TeacherPool) -> dict[str, Any]:
