@@ -179,6 +179,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         sys.exit("listopd: interrupted")
+    except Exception as error:
+        cause = getattr(error, "cause", error)  # an actor's
+        if type(cause).__name__ not in ("MemoryError", "OutOfMemoryError"):
+            raise
+        sys.exit(f"listopd: error: out of memory: {' '.join(str(cause).split())[:300]}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

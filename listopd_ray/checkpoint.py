@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -49,7 +50,7 @@ class Checkpoints:
     and the newest healthy one to roll back to, none is removed."""
 
     def __init__(self, root: str, keep: int) -> None:
-        self._fs, self._root = url_to_fs(root)
+        self._fs, self._root = _locate(root)
         self._is_local = isinstance(self._fs, LocalFileSystem)
         self._keep = keep
 
@@ -76,24 +77,25 @@ class Checkpoints:
                 text = json.dumps({"step": step, **state}, indent=1)
                 files["state.json"] = _digest_of(text.encode())
                 self._write(f"{partial}/state.json", text)
-                manifest = {"step": step, "score": score, "files": files}
+                manifest: dict[str, Any] = {"step": step, "score": score, "files": files}
+                manifest["sha256"] = _manifest_digest(manifest)
                 self._write(f"{partial}/{MANIFEST}", json.dumps(manifest, indent=1))
                 if healthy:
                     self._write(f"{partial}/{HEALTHY}", "")
-                if name in self._complete():
-                    self._remove(name)
-                self._move(partial, name)
+                self._replace(partial, name)
         except Exception:
             with suppress(Exception):  # what is left goes with the next save
                 self._fs.rm(self._path(partial), recursive=True)
             raise
-        self._prune()
+        with _explained(self._url()):
+            self._prune()
 
     def mark_healthy(self, step: int) -> None:
         """The checkpoint after `step` updates, if there is one, is good to roll back to."""
         name = f"step-{step:06d}"
-        if name in self._complete():
-            self._write(f"{name}/{HEALTHY}", "")
+        with _explained(self._url()):
+            if name in self._complete():
+                self._write(f"{name}/{HEALTHY}", "")
 
     def restore(self, learner: Saves) -> dict[str, Any] | None:
         """Put the newest intact checkpoint into `learner`; its state, or None where there is none.
@@ -124,25 +126,35 @@ class Checkpoints:
 
     def drop_unhealthy(self) -> None:
         """Remove those after the newest healthy one; all stay where none is healthy."""
-        complete = self._complete()
-        healthy = [name for name in complete if self._is_healthy(name)]
-        later = complete[complete.index(healthy[-1]) + 1 :] if healthy else []
-        for name in reversed(later):  # the newest of those left is always one that was reached
-            self._remove(name)
-        if later:
-            self._point()
+        with _explained(self._url()):
+            complete = self._complete()
+            healthy = [name for name in complete if self._is_healthy(name)]
+            later = complete[complete.index(healthy[-1]) + 1 :] if healthy else []
+            for name in reversed(later):  # the newest of those left is always one that was reached
+                self._remove(name)
+            if later:
+                self._point()
 
     def _restore(self, name: str, learner: Saves) -> dict[str, Any]:
+        files = dict(self._manifest(name)["files"])
         try:
-            files = json.loads(self._fs.cat_file(self._path(f"{name}/{MANIFEST}")))["files"]
             text = self._fs.cat_file(self._path(f"{name}/state.json"))
-            intact = _digest_of(text) == files.pop("state.json")
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-            intact = False
-        if not intact:
-            raise CorruptCheckpoint(f"{self._url(name)}: {MANIFEST} or state.json is not intact")
+        except OSError:
+            text = b""
+        if _digest_of(text) != files.pop("state.json", None):
+            raise CorruptCheckpoint(f"{self._url(name)}: state.json is not what was written")
         learner.restore(self._url(name), files)
         return json.loads(text)
+
+    def _manifest(self, name: str) -> dict[str, Any]:
+        try:
+            manifest = json.loads(self._fs.cat_file(self._path(f"{name}/{MANIFEST}")))
+            intact = manifest.pop("sha256") == _manifest_digest(manifest)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            intact = False
+        if not intact:
+            raise CorruptCheckpoint(f"{self._url(name)}: {MANIFEST} is not what was written")
+        return manifest
 
     def _prune(self) -> None:
         complete = self._complete()
@@ -156,10 +168,10 @@ class Checkpoints:
         self._point()
 
     def _score(self, name: str) -> float | None:
-        try:
-            return json.loads(self._fs.cat_file(self._path(f"{name}/{MANIFEST}")))["score"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None  # `restore` will say so
+        with suppress(CorruptCheckpoint):  # `restore` will say so
+            score = self._manifest(name)["score"]
+            return score if score is not None and math.isfinite(score) else None
+        return None
 
     def _is_healthy(self, name: str) -> bool:
         return self._fs.exists(self._path(f"{name}/{HEALTHY}"))
@@ -182,6 +194,21 @@ class Checkpoints:
             return []
         return sorted((n for n in found if re.fullmatch(pattern, n)), key=lambda n: (len(n), n))
 
+    def _replace(self, source: str, target: str) -> None:
+        """The old one, if any, goes when the new one is there."""
+        aside = f"{target}.old.tmp"
+        is_there = target in self._complete()
+        if is_there:
+            self._move(target, aside)
+        try:
+            self._move(source, target)
+        except BaseException:
+            if is_there:
+                self._move(aside, target)
+            raise
+        if is_there:
+            self._fs.rm(self._path(aside), recursive=True)
+
     def _remove(self, name: str) -> None:
         """All at once, as `_complete` sees it."""
         self._move(name, f"{name}.old.tmp")
@@ -190,7 +217,7 @@ class Checkpoints:
     def _move(self, source: str, target: str) -> None:
         if self._is_local:
             os.replace(self._path(source), self._path(target))
-            _sync(self._root)
+            sync(self._root)
         else:
             self._fs.mv(self._path(source), self._path(target), recursive=True)
 
@@ -198,8 +225,8 @@ class Checkpoints:
         with self._fs.open(self._path(name), "wb") as stream:
             stream.write(text.encode())
         if self._is_local:
-            _sync(self._path(name))
-            _sync(os.path.dirname(self._path(name)))
+            sync(self._path(name))
+            sync(os.path.dirname(self._path(name)))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -216,13 +243,13 @@ def staged(url: str) -> Iterator[Path]:
 
     Raises ListopdError where they cannot be written.
     """
-    fs, path = url_to_fs(url)
+    fs, path = _locate(url)
     with _explained(url):
         if isinstance(fs, LocalFileSystem):
             Path(path).mkdir(parents=True)
             yield Path(path)
             for file in [*Path(path).rglob("*"), Path(path)]:
-                _sync(str(file))
+                sync(str(file))
             return
         with TemporaryDirectory() as directory:
             yield Path(directory)
@@ -233,7 +260,7 @@ def staged(url: str) -> Iterator[Path]:
 def fetched(url: str, files: Files) -> Iterator[Path]:
     """A local directory with these files of `url`; raises CorruptCheckpoint where one is missing or
     not as it was written."""
-    fs, path = url_to_fs(url)
+    fs, path = _locate(url)
     if isinstance(fs, LocalFileSystem):
         _check(url, Path(path), files)
         yield Path(path)
@@ -250,6 +277,20 @@ def digests(directory: Path) -> Files:
     """Of all files below `directory`, by their path in it."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {str(file.relative_to(directory)): _digest(file) for file in files}
+
+
+def _locate(url: str) -> tuple[Any, str]:
+    """File system and path; raises ListopdError for a URL that nothing here can open."""
+    if "://" not in url:
+        return LocalFileSystem(), os.path.abspath(url)
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ListopdError(f"checkpoint.path: {url}: {error}") from None
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _check(url: str, directory: Path, files: Files) -> None:
@@ -273,7 +314,7 @@ def _digest_of(content: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
     """A file, or a directory's entries, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

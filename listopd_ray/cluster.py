@@ -26,7 +26,7 @@ from listopd_ray.roles.learner import Learner
 from listopd_ray.roles.rollout import Generated, Request, RolloutWorker
 from listopd_ray.roles.teacher import Scored, Teacher
 from listopd_ray.supervision import Faults, LearnerLost
-from listopd_ray.team import LOST, START_TIMEOUT_S, Team, Work, why_lost
+from listopd_ray.team import GONE, LOST, START_TIMEOUT_S, Team, Work, why_lost
 from listopd_ray.types import ListopdError, Prompt
 
 # Freed blocks stay with the process instead of going back to the system and being faulted in again
@@ -216,6 +216,7 @@ class LearnerHandle:
         try:
             return ray.get(reference, timeout=self._faults.timeout_s)  # a step is not interrupted
         except LOST as error:
+            ray.kill(self._actor)  # one that hangs must not finish its step later
             raise LearnerLost(f"learner {why_lost(error)}") from error
 
 
@@ -424,7 +425,7 @@ def _wait(references: list[Any], what: str) -> None:
         ray.get(references, timeout=START_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError:
         raise ListopdError(f"{what}: not ready after {START_TIMEOUT_S:g} s") from None
-    except ray.exceptions.ActorDiedError as error:
+    except GONE as error:
         reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
         raise StartFailed(f"{what}: failed to start: {reason}") from error
 

@@ -401,7 +401,8 @@ def _validate(config: Config) -> None:
     require(config.seed < 1 << 63, "seed", "must be < 2^63")
     grammar_without_vllm = config.rollout.grammar and config.rollout.backend != "vllm"
     require(not grammar_without_vllm, "rollout.grammar", "needs rollout.backend=vllm")
-    require(config.faults.timeout_s > 0, "faults.timeout_s", "must be > 0")
+    timeout = config.faults.timeout_s
+    require(0 < timeout < 1e9, "faults.timeout_s", "must be > 0 and finite")
     tolerance = config.sync.tolerance
     require(math.isfinite(tolerance) and tolerance > 0, "sync.tolerance", "must be finite and > 0")
     require(config.learner.max_grad_norm > 0, "learner.max_grad_norm", "must be > 0")

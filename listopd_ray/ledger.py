@@ -77,13 +77,19 @@ def committed(rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 
 
 def admit(
-    scored: Sequence[Scored], version: int, max_staleness: int
+    generated: Sequence[Generated], scored: Sequence[Scored], version: int, max_staleness: int
 ) -> tuple[list[Scored], list[tuple[str, int, str]]]:
     """What may go into the next update of a learner at `version`; and what may not: (prompt id,
     sample index, reason)."""
-    fit, dropped = [], []
+    fit, dropped = list[Scored](), list[tuple[str, int, str]]()
+    has_base = any(s.base_logprobs is not None for part in scored for s in part.rollouts)
+    keys = [(r.prompt.id, r.sample_index) for part in generated for r in part.rollouts]
+    returned = {
+        (s.rollout.prompt.id, s.rollout.sample_index) for part in scored for s in part.rollouts
+    }
+    dropped += [(*key, "missing") for key in keys if key not in returned]
     for part in scored:
-        reasons = [_unfit(rollout, version, max_staleness) for rollout in part.rollouts]
+        reasons = [_unfit(s, version, max_staleness, has_base) for s in part.rollouts]
         if not any(reasons):
             fit.append(part)
             continue
@@ -98,20 +104,21 @@ def admit(
     return fit, dropped
 
 
-def _unfit(scored: ScoredRollout, version: int, max_staleness: int) -> str | None:
+def _unfit(scored: ScoredRollout, version: int, max_staleness: int, has_base: bool) -> str | None:
     rollout = scored.rollout
     if not 0 <= version - rollout.policy_version <= max_staleness:
         return "version"
-    columns = (
+    columns: tuple[tuple[str, np.ndarray | None], ...] = (
         ("sampler", rollout.sampler_logprobs),
         ("teacher", scored.teacher_logprobs),
         ("teacher", scored.teacher_modal_logprobs),
-        ("base", scored.base_logprobs),
-        ("base", scored.base_modal_logprobs),
     )
+    if has_base:
+        base = (scored.base_logprobs, scored.base_modal_logprobs)
+        columns += tuple(("base", logprobs) for logprobs in base)
     for owner, logprobs in columns:
-        if logprobs is None:  # there is no base
-            continue
-        if len(logprobs) != len(rollout.token_ids) or not np.isfinite(logprobs).all():
+        if logprobs is None or len(logprobs) != len(rollout.token_ids):
+            return owner
+        if not np.isfinite(logprobs).all():
             return owner
     return None

@@ -109,6 +109,12 @@ def interruptible() -> Iterator[None]:
         signal.raise_signal(left)
 
 
+def hold_interrupts() -> None:
+    """The run ends already: it is not to be interrupted while it writes its checkpoint."""
+    global _asked
+    _asked = 0
+
+
 def check_interrupt() -> None:
     """Raises Interrupted once a signal has come; only once, so that a checkpoint can be written."""
     global _asked

@@ -18,7 +18,14 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from listopd_ray.supervision import LOOK_S, ActorLost, Faults, LearnerLost, check_interrupt
+from listopd_ray.supervision import (
+    LOOK_S,
+    ActorLost,
+    Faults,
+    LearnerLost,
+    LimitReached,
+    check_interrupt,
+)
 
 START_TIMEOUT_S = 600.0
 # The process is gone, with its node or alone; what a task raised itself is none of these.
@@ -81,9 +88,9 @@ class Team:
         """Unless it has been, since the call was made."""
         if self.actors[work.index] is not work.actor:
             return
-        who = f"{self.role} {work.index}"
+        who = f"{self.role} {work.index}:"
         if self._spawn is None:
-            raise ActorLost(f"{who}: {why}")
+            raise ActorLost(f"{who} {why}")
         ray.kill(work.actor)
         while True:
             self._faults.spend(self.role, f"number {work.index} {why}")
@@ -97,7 +104,14 @@ class Team:
                 ray.kill(actor)
                 why = why_lost(error)
             except ObjectLostError as error:  # the weights
+                ray.kill(actor)
                 raise LearnerLost("learner lost its machine") from error
+            except RayError as error:
+                ray.kill(actor)
+                raise LimitReached(f"{who} {why}; a new one too: {_last_line(error)}") from error
+            except BaseException:  # the run is interrupted
+                ray.kill(actor)
+                raise
         self.actors[work.index] = actor
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from listopd_ray.checkpoint import Checkpoints, Saves
+from listopd_ray.checkpoint import Checkpoints, Saves, sync
 from listopd_ray.config import Config, dump_config, load_config, run_directory
 from listopd_ray.types import Judged, ListopdError
 
@@ -31,6 +31,8 @@ def check_startable(config: Config) -> None:
     if (directory / "config.yaml").exists():
         check_unchanged(config)
     check_writable(directory)
+    if config.checkpoint.path:
+        Checkpoints(config.checkpoint.path, config.checkpoint.keep)
 
 
 def check_writable(directory: Path) -> None:
@@ -101,10 +103,17 @@ class Run:
             self.directory / "events.jsonl",
             lambda event: event["action"] == "rollback" or event["step"] <= last_step,
         )
+        if len(read_jsonl(self.directory / "metrics.jsonl")) != last_step + 1:
+            raise ListopdError(
+                f"{self.directory}: metrics.jsonl is not that of the checkpoint after update "
+                f"{state['step'] if state else 0} in {self._root}"
+            )
         return state
 
     def save(self, step: int, learner: Saves, state: dict[str, Any], **marks: Any) -> None:
-        """As `Checkpoints.save`."""
+        """As `Checkpoints.save`; what was logged so far is on the disk before."""
+        for file in self.directory.glob("*.jsonl"):
+            sync(str(file))
         self._checkpoints.save(step, learner, {**state, "run": self._owner}, **marks)
 
     def mark_healthy(self, step: int) -> None:
@@ -296,8 +305,13 @@ def read_jsonl(file: Path) -> list[Any]:
     """Its rows, less one that a crash cut short; none where there is no file."""
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = file.read_text(encoding="utf-8").split("\n")[
+        :-1
+    ]  # what comes after the last is not whole
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError:
+        raise ListopdError(f"{file}: not JSON lines") from None
 
 
 def replace_file(file: Path, text: str) -> None:

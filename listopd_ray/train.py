@@ -22,7 +22,14 @@ from listopd_ray.ledger import Ledger, admit
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.roles.teacher import Scored
 from listopd_ray.steering import Steering
-from listopd_ray.supervision import Faults, Interrupted, LearnerLost, LimitReached, interruptible
+from listopd_ray.supervision import (
+    Faults,
+    Interrupted,
+    LearnerLost,
+    LimitReached,
+    hold_interrupts,
+    interruptible,
+)
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import PromptStream
 from listopd_ray.tracking import Run, evaluation_metrics, progress_bar
@@ -116,6 +123,8 @@ class Loop:
         self.results: dict[str, Any] = {}
         self._batch: Batch | None = None  # for the next update, under way
         self._unfinished: dict[str, float] | None = None  # metrics of an update without its row
+        self._score: float | None = None  # of an evaluation at this step
+        self._kept: Any = None  # (step, whether it is finished) of the newest checkpoint
         self._start = time.perf_counter()  # of the turn
         self._fresh = self._state()
 
@@ -150,9 +159,11 @@ class Loop:
 
     def leave(self, error: ListopdError) -> NoReturn:
         """Keep what there is, and raise `error` with a word on that."""
+        hold_interrupts()
         try:
             if "warm_start" in self.results:
-                self._save()
+                if self._kept != (self._step, self._unfinished is None):
+                    self._save()
                 kept = f"checkpoint after update {self._step}: the same command goes on"
                 error.args = (f"{error}; {kept}",)
         except ListopdError as failure:
@@ -169,10 +180,12 @@ class Loop:
         lam = self._steering.lam(self._step)
         lr = schedule_value(config.lr_schedule, config.lr, self._step, config.num_steps)
         metrics = {"train/lam": lam, "train/lr": lr} | contract_metrics(generated, self._data.text)
-        scored, dropped = admit(self._teacher.fetch(scoring), self._step, config.max_staleness)
+        scored, dropped = admit(
+            generated, self._teacher.fetch(scoring), self._step, config.max_staleness
+        )
         metrics |= fault_metrics(generated, dropped, config.faults.max_dropped)
         metrics |= self._learner.step(scored, lam, lr)
-        self._step += 1
+        self._step, self._score = self._step + 1, None
         self._ledger.commit(self._step, generated, dropped)
         self._batch = upcoming
         return metrics
@@ -183,11 +196,11 @@ class Loop:
         now = time.perf_counter()
         metrics |= {"time/sync_s": now - start, "time/step_s": now - self._start}
         metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
-        is_last, score = step == config.num_steps, None
+        is_last = step == config.num_steps
         if is_last or _due(step, config.evaluation.every):
             self.results["student"], evaluated = self._assess()
             metrics |= evaluated
-            score = evaluated["eval/ndcg_at_k_all"]
+            self._score = evaluated.get("eval/ndcg_at_k_all")  # None: nothing has relevance
         metrics |= self._steering.observe(metrics, metrics["train/lam"])
         if self._steering.healthy:  # so are the weights that have sampled this batch, if kept
             self._run.mark_healthy(step - 1 - math.ceil(metrics["rollout/staleness"]))
@@ -198,14 +211,15 @@ class Loop:
         if event and self._run.record(event) == "rollback":
             self._take_up(self._run.roll_back(self._learner))
         elif is_last or _due(step, config.checkpoint.every):
-            self._save(score)
+            self._save()
 
     def _take_up(self, state: dict[str, Any]) -> None:
         """Go on from a state whose weights are in the learner already."""
         self._step, self.results = state["step"], dict(state["results"])
         self._prompts.restore(state["prompts"])
         self._steering.restore(state["steering"])
-        self._unfinished = state["unfinished"]
+        self._unfinished, self._score = state["unfinished"], None
+        self._kept = (self._step, self._unfinished is None) if state is not self._fresh else None
         in_flight = from_json(state["in_flight"], self._data.train.prompts)
         self._batch = (
             Batch(state["prompts"], state["prompts"], [], in_flight) if in_flight else None
@@ -233,9 +247,10 @@ class Loop:
             "unfinished": self._unfinished,
         }
 
-    def _save(self, score: float | None = None) -> None:
-        healthy = self._step == 0  # others once their rollouts are seen
-        self._run.save(self._step, self._learner, self._state(), healthy=healthy, score=score)
+    def _save(self) -> None:
+        state, healthy = self._state(), self._step == 0  # others once their rollouts are seen
+        self._run.save(self._step, self._learner, state, healthy=healthy, score=self._score)
+        self._kept = (self._step, self._unfinished is None)
 
     def _sample(self, at: int) -> Batch:
         before, config = self._prompts.state(), self._config

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from listopd_ray.checkpoint import Files, digests, fetched, staged
+from listopd_ray.checkpoint import CorruptCheckpoint, Files, digests, fetched, staged
 from listopd_ray.config import Config
 from listopd_ray.models import load_model, load_tokenizer
 from listopd_ray.roles.batching import (
@@ -160,7 +160,10 @@ class Learner:
         """What `save` wrote, in place; raises CorruptCheckpoint, and changes nothing, where a file
         is not what it was."""
         with fetched(url, files) as directory:
-            saved = load_model(directory / "student", dtype=self._dtype, device=self._device)
+            try:
+                saved = load_model(directory / "student", dtype=self._dtype, device=self._device)
+            except ListopdError as error:  # written as it is, and yet no model
+                raise CorruptCheckpoint(str(error)) from None
             self._model.load_state_dict(saved.state_dict())
             slots: dict[int, dict[str, torch.Tensor]] = {}
             for name, value in load_file(directory / "optimizer.safetensors").items():

@@ -36,7 +36,7 @@ def restore(root, learner):
 
 def kept(root):
     """Steps of the checkpoints, once everything else is known to be in order."""
-    fs, path = checkpoint.url_to_fs(str(root))
+    fs, path = checkpoint._locate(str(root))
     names = sorted(Path(found).name for found in fs.ls(path, detail=False))
     steps = [name for name in names if name.startswith("step-")]
     assert names == ["LATEST", *steps]  # no remains
@@ -72,6 +72,7 @@ def test_the_manifest_has_the_digest_of_every_file(tmp_path, learner):
     manifest = json.loads((directory / "manifest.json").read_text())
     found = digests(directory)
     del found["manifest.json"], found["healthy"]  # the one it is in, and one that may come later
+    assert len(manifest.pop("sha256")) == 64  # of the rest
     assert manifest == {"step": 1, "score": 0.5, "files": found}
     assert set(found) == {"fake.json", "state.json"}
 
@@ -183,6 +184,66 @@ except Exception as error:
     (line,) = done.stderr.splitlines()
     assert line == f"ListopdError: {tmp_path}/step-000002.tmp: cannot write: File too large"
     assert kept(tmp_path) == [1]
+
+
+def test_where_the_new_one_cannot_take_the_place_of_the_old_that_stays(root, learner, monkeypatch):
+    save(root, learner, 1, attempt=1)
+    move = Checkpoints._move
+
+    def fail(self, source, target):
+        if (source, target) == ("step-000001.tmp", "step-000001"):
+            raise OSError(5, "Input/output error")
+        move(self, source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_move", fail)
+        with pytest.raises(ListopdError, match="Input/output error"):
+            save(root, learner, 1, attempt=2)
+    assert restore(root, learner)["attempt"] == 1
+
+
+def test_any_bit_of_a_manifest_that_flips_is_noticed(tmp_path, learner):
+    save(tmp_path, learner, 1)
+    save(tmp_path, learner, 2, score=0.5)
+    file = tmp_path / "step-000002" / "manifest.json"
+    content = file.read_bytes()
+    checkpoints = Checkpoints(str(tmp_path), 1)
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        if bytes(damaged).split() == content.split():
+            continue  # white space
+        file.write_bytes(damaged)
+        with pytest.raises(CorruptCheckpoint):
+            checkpoints._manifest("step-000002")
+
+
+@pytest.mark.parametrize("what", ["directory", "file"])
+def test_other_things_in_the_place_of_a_checkpoint_are_passed_over(tmp_path, learner, what):
+    save(tmp_path, learner, 1)
+    if what == "file":
+        (tmp_path / "step-000009").write_text("?")
+    else:
+        (tmp_path / "step-000009" / "manifest.json").mkdir(parents=True)
+    assert restore(tmp_path, learner)["step"] == 1
+
+
+def test_a_score_that_is_no_number_is_not_the_best(root, learner):
+    for step, score in enumerate([0.9, float("nan"), 0.1, 0.05], start=1):
+        save(root, learner, step, keep=1, score=score)
+    assert kept(root) == [1, 4]
+
+
+@pytest.mark.parametrize("name", ["a::b", "~", "[1]"])
+def test_a_directory_may_have_any_name(tmp_path, learner, name):
+    save(tmp_path / name, learner, 1)
+    assert kept(tmp_path / name) == [1]
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x", "foo://x"])
+def test_a_url_that_nothing_here_opens_is_one_line(url):
+    with pytest.raises(ListopdError, match=rf"checkpoint\.path: {url}: "):
+        Checkpoints(url, 1)
 
 
 def test_remains_of_a_process_that_was_killed_are_removed(root, learner):

@@ -103,11 +103,17 @@ def test_gaps_duplicates_and_rows_of_a_replaced_learner_are_found(rows):
 
 
 NAN = np.array([0.0, np.nan], dtype=np.float32)
+
+
+def drawn(part):
+    return [Generated(rollouts=tuple(s.rollout for s in part.rollouts), seconds=0.0)]
+
+
 MINUS_INF = np.array([-np.inf, 0.0], dtype=np.float32)
 SHORT = np.zeros(1, dtype=np.float32)
 
 
-@pytest.mark.parametrize("bad", [NAN, MINUS_INF, SHORT, SHORT[:0]], ids=str)
+@pytest.mark.parametrize("bad", [NAN, MINUS_INF, SHORT, SHORT[:0], None], ids=str)
 @pytest.mark.parametrize(
     ("column", "reason"),
     [
@@ -119,15 +125,19 @@ SHORT = np.zeros(1, dtype=np.float32)
 )
 def test_a_sample_whose_scores_are_missing_or_not_finite_is_dropped_alone(bad, column, reason):
     part = scored(*(make_rollout([1], [2, 3], prompt_id=p) for p in "abc"))
+    for s in part.rollouts:
+        object.__setattr__(s, "base_logprobs", s.teacher_logprobs)
+        object.__setattr__(s, "base_modal_logprobs", s.teacher_logprobs)
     object.__setattr__(part.rollouts[1], column, bad)
-    (fit,), dropped = admit([part], version=0, max_staleness=0)
+    (fit,), dropped = admit(drawn(part), [part], version=0, max_staleness=0)
     assert [s.rollout.prompt.id for s in fit.rollouts] == ["a", "c"]
     assert dropped == [("b", 0, reason)]
 
 
 def test_so_is_one_whose_sampler_gave_no_number():
     bad = make_rollout([1], [2, 3], prompt_id="a", sampler_logprobs=NAN)
-    fit, dropped = admit([scored(bad)], version=0, max_staleness=0)
+    part = scored(bad)
+    fit, dropped = admit(drawn(part), [part], version=0, max_staleness=0)
     assert (fit, dropped) == ([], [("a", 0, "sampler")])  # a part without samples goes
 
 
@@ -141,7 +151,7 @@ def test_samples_of_older_weights_and_of_weights_that_are_void_are_dropped(
     part = scored(
         *(make_rollout([1], [2, 3], prompt_id=f"{v}", policy_version=v) for v in versions)
     )
-    (fit,), dropped = admit([part], version=5, max_staleness=max_staleness)
+    (fit,), dropped = admit(drawn(part), [part], version=5, max_staleness=max_staleness)
     assert [s.rollout.policy_version for s in fit.rollouts] == fit_versions
     assert {reason for _, _, reason in dropped} == {"version"}
     assert len(dropped) == 4 - len(fit_versions)
@@ -149,4 +159,12 @@ def test_samples_of_older_weights_and_of_weights_that_are_void_are_dropped(
 
 def test_what_is_fit_is_handed_on_as_it_is():
     part = scored(make_rollout([1], [2, 3]))
-    assert admit([part], version=0, max_staleness=0) == ([part], [])
+    assert admit(drawn(part), [part], version=0, max_staleness=0) == ([part], [])
+
+
+def test_a_sample_that_the_teacher_does_not_return_is_missing_not_trained():
+    whole = scored(*(make_rollout([1], [2, 3], prompt_id=p) for p in "abc"))
+    part = Scored(rollouts=whole.rollouts[::2], seconds=0.0)
+    (fit,), dropped = admit(drawn(whole), [part], version=0, max_staleness=0)
+    assert [s.rollout.prompt.id for s in fit.rollouts] == ["a", "c"]
+    assert dropped == [("b", 0, "missing")]

@@ -3,6 +3,7 @@
 # ruff: noqa: F811 - the fixtures of test_train_loop
 
 import dataclasses
+import json
 import math
 import signal
 from types import SimpleNamespace
@@ -204,6 +205,87 @@ def test_where_the_last_checkpoint_cannot_be_written_that_is_said(
     assert str(raised.value).startswith(expected)
 
 
+def test_a_checkpoint_that_is_there_keeps_its_score_when_the_run_is_interrupted(config, start):
+    evaluation = dataclasses.replace(config.evaluation, every=2)
+    config = dataclasses.replace(config, evaluation=evaluation)
+    scored = {}
+    for at in range(5, 40):
+        run = dataclasses.replace(config, name=f"at-{at}")
+        try:
+            start(run, at=at)
+        except Interrupted:
+            for file in run_file(run, "checkpoints").glob("step-*/manifest.json"):
+                step, score = json.loads(file.read_text())["step"], None
+                score = json.loads(file.read_text())["score"]
+                unfinished = json.loads((file.parent / "state.json").read_text())["unfinished"]
+                if unfinished is None and step and step % 2 == 0:
+                    scored.setdefault(step, set()).add(score)
+    assert set(scored) >= {2, 4, 6}
+    assert all(len(found) == 1 and None not in found for found in scored.values())
+
+
+class Hangs(Mortal):
+    """Its third step takes too long, and nobody may replace it; it would finish it all the same."""
+
+    def __init__(self):
+        super().__init__([])
+        self.dead = False
+
+    def step(self, *arguments):
+        if self.dead or self.policy_version == 2:
+            self.dead = True  # as the handle does: it ends it before it says so
+            raise LearnerLost("learner hung: no answer in 5 s")
+        return super().step(*arguments)
+
+    def save(self, url):
+        if self.dead:
+            raise LearnerLost("learner died")
+        return super().save(url)
+
+    def restart(self, why):
+        raise LimitReached(f"{why}; faults.max_restarts=0")
+
+
+def test_a_learner_that_is_lost_for_good_leaves_the_checkpoint_before(config, start, tmp_path):
+    with pytest.raises(LimitReached) as raised:
+        start(config, learner=Hangs())
+    expected = "learner hung: no answer in 5 s; faults.max_restarts=0"
+    assert str(raised.value).startswith(expected)
+    whole = in_another_place(config, tmp_path)
+    assert start(config).learner.theta == start(whole).learner.theta
+
+
+def test_a_prompt_id_with_a_line_separator_does_not_break_the_files(config, start, data):
+    before = data.train.prompts
+    odd = "a\u2028b\x85c"
+    data.train.prompts = [dataclasses.replace(before[0], id=odd), *before[1:]]
+    try:
+        with pytest.raises(Interrupted):
+            start(config, at=12)
+        start(config)
+    finally:
+        data.train.prompts = before
+    ids = {
+        i for row in committed(ledger(config)).values() for p in row["samples"] for i, _ in p["ids"]
+    }
+    assert odd in ids
+
+
+def test_a_run_whose_metrics_are_gone_is_not_continued(config, start):
+    with pytest.raises(Interrupted):
+        start(config, at=12)
+    run_file(config, "metrics.jsonl").unlink()
+    with pytest.raises(ListopdError, match="is not that of the checkpoint after update"):
+        start(config)
+
+
+def test_held_out_lists_without_relevance_do_not_end_a_run(config, start, data, monkeypatch):
+    nothing = {key: (0.0,) * len(value) for key, value in data.evaluation.relevance.items()}
+    monkeypatch.setattr(data.evaluation, "relevance", nothing)
+    start(config)
+    assert len(rows(config)) == NUM_STEPS + 1
+
+
 @pytest.mark.parametrize("scheme", ["", "memory://"])
 def test_checkpoints_may_lie_elsewhere_and_are_those_of_one_run(config, start, tmp_path, scheme):
     place = f"{scheme}{tmp_path}/elsewhere"
@@ -309,8 +391,6 @@ def test_or_bring_it_back_to_where_all_was_well(config, start):
 
 
 def test_samples_under_way_survive_json_bit_for_bit(data, tokenizer):
-    import json
-
     import numpy as np
 
     workers = FakeWorkers([], tokenizer)
