@@ -189,6 +189,9 @@ def test_roles_may_be_killed_at_any_moment(
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[1])
 
 
+@pytest.mark.skipif(
+    ROUNDS == 1, reason="`make chaos` has it; test_team.py has it without a cluster"
+)
 def test_a_role_that_hangs_is_replaced(
     long_config: Config,
     prepared: Prepared,
