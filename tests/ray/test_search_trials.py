@@ -127,13 +127,13 @@ def test_a_slot_whose_engine_died_is_rebuilt(ray_cluster: None, config: Config) 
         first = lease("a")
         give_back("a", sound=True)
         again = lease("b")
-        assert again.workers._actors == first.workers._actors
-        ray.kill(again.workers._actors[0])
+        assert again.workers._team.actors == first.workers._team.actors
+        ray.kill(again.workers._team.actors[0])
         give_back("b", sound=True)
         rebuilt = lease("c")
-        assert rebuilt.workers._actors != first.workers._actors
+        assert rebuilt.workers._team.actors != first.workers._team.actors
         learner = rebuilt.start_learner(config, prepared.student_path, prepared.canary_ids)
         assert rebuilt.workers.load_weights(learner.publish_weights()) < 1e-4
         give_back("c", sound=False)  # its trial failed: the engines may be poisoned
         with pytest.raises(ray.exceptions.RayActorError):
-            ray.get(rebuilt.workers._actors[0].__ray_ready__.remote())
+            ray.get(rebuilt.workers._team.actors[0].__ray_ready__.remote())
