@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from listopd_ray.config import Config, describe_keys, load_config
 from listopd_ray.job_config import CalibrateConfig, SearchConfig, StudyConfig
 from listopd_ray.label import LabelConfig, label_command
 from listopd_ray.rank import RankConfig
+from listopd_ray.supervision import Interrupted, interrupt
 from listopd_ray.task.amazon import AmazonConfig, write_amazon
 from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic
 from listopd_ray.types import ListopdError
@@ -169,24 +171,28 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         _dispatch(arguments)
+        sys.stdout.flush()  # here a closed pipe can still be handled
+    except Interrupted as error:
+        print(f"listopd: {error}", file=sys.stderr)
+        sys.exit(128 + error.signum)
     except ListopdError as error:
         # Ray wraps what an actor raised together with a remote trace.
-        if error.exit_status == 1:
-            sys.exit(f"listopd: error: {getattr(error, 'cause', error)}")
-        print(f"listopd: {error}", file=sys.stderr)  # a signal ended it
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        sys.exit("listopd: interrupted")
+        sys.exit(f"listopd: error: {getattr(error, 'cause', error)}")
+    except KeyboardInterrupt as error:
+        signum = error.args[0] if error.args else signal.SIGINT
+        print(f"listopd: interrupted by {signal.Signals(signum).name}", file=sys.stderr)
+        sys.exit(128 + signum)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         cause = getattr(error, "cause", error)  # an actor's
         if type(cause).__name__ not in ("MemoryError", "OutOfMemoryError"):
             raise
         sys.exit(f"listopd: error: out of memory: {' '.join(str(cause).split())[:300]}")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def _dispatch(arguments: list[str]) -> None:

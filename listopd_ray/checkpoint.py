@@ -27,7 +27,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 
-from listopd_ray.types import ListopdError
+from listopd_ray.types import ListopdError, last_line
 
 MANIFEST = "manifest.json"
 HEALTHY = "healthy"  # the empty file that marks such a checkpoint; it may come later
@@ -73,7 +73,7 @@ class Checkpoints:
             self._fs.rm(self._path(remains), recursive=True)
         try:
             files = learner.save(self._url(partial))
-            with _explained(self._url(partial)):
+            with writing(self._url(partial)):
                 text = json.dumps({"step": step, **state}, indent=1)
                 files["state.json"] = _digest_of(text.encode())
                 self._write(f"{partial}/state.json", text)
@@ -87,13 +87,13 @@ class Checkpoints:
             with suppress(Exception):  # what is left goes with the next save
                 self._fs.rm(self._path(partial), recursive=True)
             raise
-        with _explained(self._url()):
+        with writing(self._url()):
             self._prune()
 
     def mark_healthy(self, step: int) -> None:
         """The checkpoint after `step` updates, if there is one, is good to roll back to."""
         name = f"step-{step:06d}"
-        with _explained(self._url()):
+        with writing(self._url()):
             if name in self._complete():
                 self._write(f"{name}/{HEALTHY}", "")
 
@@ -112,13 +112,13 @@ class Checkpoints:
                 corrupt[name] = error
                 continue
             for later, reason in corrupt.items():
-                print(f"{_text(reason)}; going on from {name}", file=sys.stderr)
+                print(f"{last_line(reason)}; going on from {name}", file=sys.stderr)
                 self._remove(later)
             if corrupt:
                 self._point()
             return state
         if names:
-            reasons = "; ".join(map(_text, corrupt.values()))
+            reasons = "; ".join(map(last_line, corrupt.values()))
             raise ListopdError(
                 f"{self._url()}: no checkpoint is intact ({reasons}); remove the run to begin again"
             )
@@ -126,7 +126,7 @@ class Checkpoints:
 
     def drop_unhealthy(self) -> None:
         """Remove those after the newest healthy one; all stay where none is healthy."""
-        with _explained(self._url()):
+        with writing(self._url()):
             complete = self._complete()
             healthy = [name for name in complete if self._is_healthy(name)]
             later = complete[complete.index(healthy[-1]) + 1 :] if healthy else []
@@ -244,7 +244,7 @@ def staged(url: str) -> Iterator[Path]:
     Raises ListopdError where they cannot be written.
     """
     fs, path = _locate(url)
-    with _explained(url):
+    with writing(url):
         if isinstance(fs, LocalFileSystem):
             Path(path).mkdir(parents=True)
             yield Path(path)
@@ -324,14 +324,11 @@ def sync(path: str) -> None:
 
 
 @contextmanager
-def _explained(url: str) -> Iterator[None]:
+def writing(url: str) -> Iterator[None]:
+    """Raises ListopdError, one line, for a full disk, a place that is read-only or gone."""
     try:
         yield
     except OSError as error:
         raise ListopdError(f"{url}: cannot write: {error.strerror or error}") from error
     except SafetensorError as error:  # it wraps what the system says
         raise ListopdError(f"{url}: cannot write: {error}") from error
-
-
-def _text(error: CorruptCheckpoint) -> str:
-    return str(getattr(error, "cause", error))  # Ray adds a remote trace

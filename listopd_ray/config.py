@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -276,7 +277,7 @@ def load_config(schema: type[T], arguments: list[str]) -> T:
     Raises ListopdError, in one line that names the file or key, for a file that is missing or not
     YAML, an unknown key (with the nearest valid one), a wrong type, or a value out of range.
     """
-    config = OmegaConf.structured(schema)
+    config: Any = _defaults(schema)  # type: ignore[arg-type]
     for argument in arguments:
         shown = " ".join(argument.split())  # an error is one line
         is_pair = "=" in argument
@@ -303,6 +304,12 @@ def load_config(schema: type[T], arguments: list[str]) -> T:
     if isinstance(result, Config):
         _validate(result)
     return result  # type: ignore[return-value]
+
+
+@cache
+def _defaults(schema: type) -> DictConfig:
+    """Never changed: every merge makes another."""
+    return OmegaConf.structured(schema)
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:

@@ -15,9 +15,10 @@ import rich
 from rich.table import Table
 
 from listopd_ray import __version__
-from listopd_ray.cluster import Cluster, LearnerHandle, TeacherPool, launch, make_requests, serve
+from listopd_ray.cluster import Cluster, launch, serve
 from listopd_ray.config import CliffConfig, Config, run_directory
 from listopd_ray.evaluate import evaluate
+from listopd_ray.handles import LearnerHandle, TeacherPool, make_requests
 from listopd_ray.models import end_ids, load_tokenizer, model_hash
 from listopd_ray.prepare import Prepared, prepare, serving_arguments
 from listopd_ray.roles.rollout import Generated
@@ -28,7 +29,7 @@ from listopd_ray.supervision import LearnerLost
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import dataset_hash
 from listopd_ray.tracking import Run, check_startable, check_unchanged, replace_file
-from listopd_ray.train import train
+from listopd_ray.train import Loop
 from listopd_ray.types import ListopdError
 
 DEMO_RUNS: dict[str, dict[str, Any]] = {
@@ -129,7 +130,8 @@ def distill(
         learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
         workers = cluster.workers.with_seed(config.seed)
         scorer = cluster.teacher.with_base(prepared.base_path)
-        results = train(config, prepared, workers, scorer, learner, run, cluster.faults)
+        loop = Loop(config, prepared, workers, scorer, learner, run, cluster.faults)
+        results = loop.run()
         teacher = teacher_evaluation(config, prepared, cluster.teacher)
         student = run.directory / "student"
         _export(learner, run, student)

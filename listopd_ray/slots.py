@@ -23,18 +23,16 @@ from ray.util import ActorPool
 
 from listopd_ray.cluster import (
     Cluster,
-    LearnerHandle,
     SharedTeachers,
-    TeacherPool,
-    Workers,
     bundles_of,
     check_resources,
     teacher_bundles,
 )
 from listopd_ray.config import Config, needs_base
+from listopd_ray.handles import LearnerHandle, TeacherPool, Workers
 from listopd_ray.prepare import Prepared, prepare
 from listopd_ray.supervision import Faults
-from listopd_ray.types import ListopdError
+from listopd_ray.types import ListopdError, last_line
 
 
 @dataclass(frozen=True)
@@ -243,7 +241,7 @@ class Runner:
         try:
             return number, self._in_slot(distill, config)
         except (ListopdError, ray.exceptions.RayError) as error:
-            return number, {"error": _one_line(error)}
+            return number, {"error": last_line(error)}
 
     def measure(self, config: Config) -> Any:
         from listopd_ray.calibrate import measure_run
@@ -274,9 +272,3 @@ def prepared_for(config: Config) -> Prepared:
     if _last is None or _last[0] != key:
         _last = (key, prepare(config))
     return _last[1]
-
-
-def _one_line(error: BaseException) -> str:
-    """What an error that came through Ray says in the end."""
-    lines = str(getattr(error, "cause", error)).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__

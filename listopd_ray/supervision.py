@@ -37,7 +37,7 @@ class Interrupted(ListopdError):  # noqa: N818 - as above
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
-        self.exit_status = 128 + signum
+        self.signum = signum
 
 
 class Faults:
@@ -75,6 +75,29 @@ def pause(seconds: float) -> None:
     while (left := end - time.monotonic()) > 0:
         check_interrupt()
         time.sleep(min(LOOK_S, left))
+
+
+def interrupt(signum: int, _: Any) -> None:
+    """Handler that ends the process as Ctrl-C does: what it holds is given back."""
+    raise KeyboardInterrupt(signum)
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Where the block (Ray's functions do) leaves its own handlers behind, those before come back.
+
+    Elsewhere than in the main thread nothing can be set, here and there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            if handler is not signal.SIG_DFL:
+                signal.signal(signum, handler)
 
 
 _asked: int | None = None  # the signal that asked this process to end

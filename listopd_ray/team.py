@@ -26,6 +26,7 @@ from listopd_ray.supervision import (
     LimitReached,
     check_interrupt,
 )
+from listopd_ray.types import last_line
 
 START_TIMEOUT_S = 600.0
 # The process is gone, with its node or alone; what a task raised itself is none of these.
@@ -79,7 +80,7 @@ class Team:
             except RayError as error:
                 if not poisons:
                     raise
-                self._replace(work, f"failed: {_last_line(error)}")
+                self._replace(work, f"failed: {last_line(error)}")
             work.actor = self.actors[work.index]
             work.attempt += 1
             work.reference = work.call(work.actor, work.attempt)
@@ -108,7 +109,7 @@ class Team:
                 raise LearnerLost("learner lost its machine") from error
             except RayError as error:
                 ray.kill(actor)
-                raise LimitReached(f"{who} {why}; a new one too: {_last_line(error)}") from error
+                raise LimitReached(f"{who} {why}; a new one too: {last_line(error)}") from error
             except BaseException:  # the run is interrupted
                 ray.kill(actor)
                 raise
@@ -133,10 +134,4 @@ def why_lost(error: Exception) -> str:
         return f"hung: {error}"
     if "running low on memory" in str(error):  # Ray's memory monitor has ended it
         return "died: its machine was out of memory"
-    return f"died: {_last_line(error).split('. ')[0]}"  # Ray goes on with what may be the cause
-
-
-def _last_line(error: BaseException) -> str:
-    """What an error that came through Ray says in the end."""
-    lines = str(getattr(error, "cause", error)).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
+    return f"died: {last_line(error).split('. ')[0]}"  # Ray goes on with what may be the cause

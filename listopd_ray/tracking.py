@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from listopd_ray.checkpoint import Checkpoints, Saves, sync
+from listopd_ray.checkpoint import Checkpoints, Saves, sync, writing
 from listopd_ray.config import Config, dump_config, load_config, run_directory
 from listopd_ray.types import Judged, ListopdError
 
@@ -66,8 +66,11 @@ class Run:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(lock_directory(self.directory))
             check_startable(config)  # whoever held the lock may have finished the run
-            _check_inputs(self.directory / "inputs.json", hashes)
-            replace_file(self.directory / "inputs.json", json.dumps(hashes, indent=2) + "\n")
+            inputs = self.directory / "inputs.json"
+            if inputs.exists():
+                before = read_json(inputs, str(inputs))
+                _check_same(f"{self.directory}: begun with others", before, hashes)
+            replace_file(inputs, json.dumps(hashes, indent=2) + "\n")
             replace_file(self.directory / "config.yaml", dump_config(config))
         except OSError as error:
             raise ListopdError(f"{self.directory}: cannot write: {error.strerror}") from None
@@ -123,10 +126,7 @@ class Run:
     def _check_owner(self, before: dict[str, Any]) -> None:
         """Others may have written to `checkpoint.path` under the same name."""
         now = json.loads(json.dumps(self._owner))
-        changed = [key for key in now if key in before and now[key] != before[key]]
-        if changed:
-            listed = ", ".join(f"{key} ({before[key]} → {now[key]})" for key in changed)
-            raise ListopdError(f"{self._root}: checkpoints of another run: {listed}")
+        _check_same(f"{self._root}: checkpoints of another run", before, now)
 
     def roll_back(self, learner: Saves) -> dict[str, Any]:
         """`restore` once a roll-back is recorded: from the newest checkpoint that was healthy."""
@@ -239,17 +239,16 @@ def check_unchanged(config: Config, but_for: Sequence[str] = ()) -> None:
     of `but_for` may differ."""
     file = run_directory(config) / "config.yaml"
     before, now = _flat(_nested(load_config(type(config), [str(file)]))), _flat(_nested(config))
-    changed = [key for key in now if now[key] != before.get(key) and key not in but_for]
-    if changed:
-        listed = ", ".join(f"{key} ({before.get(key)} → {now[key]})" for key in changed)
-        raise ListopdError(f"{file.parent}: begun with another configuration: {listed}")
+    now = {key: value for key, value in now.items() if key not in but_for}
+    _check_same(f"{file.parent}: begun with another configuration", before, now)
 
 
-def _check_inputs(file: Path, hashes: dict[str, str]) -> None:
-    before = json.loads(file.read_text()) if file.exists() else hashes
-    changed = [name for name in hashes if hashes[name] != before.get(name)]
+def _check_same(what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ListopdError, begun with `what`, with the keys of both that differ."""
+    changed = [key for key in now if key in before and now[key] != before[key]]
     if changed:
-        raise ListopdError(f"{file.parent}: begun with another {', '.join(changed)}")
+        listed = ", ".join(f"{key} ({before[key]} → {now[key]})" for key in changed)
+        raise ListopdError(f"{what}: {listed}")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -277,7 +276,7 @@ def lock_directory(directory: Path) -> Iterator[None]:
 
 
 def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with _explained(file), file.open("a", encoding="utf-8") as stream:
+    with writing(str(file)), file.open("a", encoding="utf-8") as stream:
         stream.writelines(map(_line, rows))
 
 
@@ -305,11 +304,9 @@ def read_jsonl(file: Path) -> list[Any]:
     """Its rows, less one that a crash cut short; none where there is no file."""
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").split("\n")[
-        :-1
-    ]  # what comes after the last is not whole
+    *whole, _ = file.read_text(encoding="utf-8").split("\n")
     try:
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in whole]
     except ValueError:
         raise ListopdError(f"{file}: not JSON lines") from None
 
@@ -317,19 +314,10 @@ def read_jsonl(file: Path) -> list[Any]:
 def replace_file(file: Path, text: str) -> None:
     """Write `file` whole or not at all; raises ListopdError where that fails."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # trials may share a cache
-    with _explained(file):
+    with writing(str(file)):
         try:
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, file)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-
-
-@contextmanager
-def _explained(file: Path) -> Iterator[None]:
-    """Disk full, read-only, gone: one line."""
-    try:
-        yield
-    except OSError as error:
-        raise ListopdError(f"{file}: cannot write: {error.strerror}") from error

@@ -67,40 +67,15 @@ class LearnerRole(Protocol):
     def restart(self, why: Exception) -> None: ...
 
 
-def train(
-    config: Config,
-    data: Prepared,
-    workers: RolloutWorkers,
-    teacher: Scorer,
-    learner: LearnerRole,
-    run: Run,
-    faults: Faults,
-) -> dict[str, Any]:
-    """All updates of a run; returns the evaluations {"warm_start": …, "student": …}.
+class Loop:
+    """All updates of a run, one a turn, in two halves: `_update` ends with the learner's step,
+    `_finish` with its row of metrics. In between, and before either, the state is a checkpoint's.
+
+    With `max_staleness=1` the next batch is sampled while the learner works on this one.
 
     Every actor may die: workers and teachers are replaced where their results are waited for, the
     learner here, and what was learnt since its newest checkpoint is learnt again. A run that is
     interrupted, or reaches a limit of what it can live through, leaves a checkpoint.
-    """
-    loop = Loop(config, data, workers, teacher, learner, run, faults)
-    with interruptible(), loop.bar:
-        todo: Callable[[], None] | None = loop.begin
-        while todo is not None:
-            try:
-                todo()
-                todo = None if loop.done else loop.turn
-            except LearnerLost as error:
-                todo = functools.partial(loop.recover, error)
-            except (LimitReached, Interrupted) as error:
-                loop.leave(error)
-    return loop.results
-
-
-class Loop:
-    """One optimizer step a turn, in two halves: `_update` ends with the learner's step, `_finish`
-    with its row of metrics. In between, and before either, the state is a checkpoint's.
-
-    With `max_staleness=1` the next batch is sampled while the learner works on this one.
     """
 
     def __init__(
@@ -118,9 +93,9 @@ class Loop:
         self._prompts = PromptStream(data.train.prompts, config.seed)
         self._steering = Steering(config, run.num_rollbacks())
         self._ledger = Ledger(run.directory / "ledger.jsonl")
-        self.bar = progress_bar(config.name, config.num_steps)
+        self._bar = progress_bar(config.name, config.num_steps)
         self._step = 0  # updates done, the learner's version
-        self.results: dict[str, Any] = {}
+        self._results: dict[str, Any] = {}
         self._batch: Batch | None = None  # for the next update, under way
         self._unfinished: dict[str, float] | None = None  # metrics of an update without its row
         self._score: float | None = None  # of an evaluation at this step
@@ -128,11 +103,22 @@ class Loop:
         self._start = time.perf_counter()  # of the turn
         self._fresh = self._state()
 
-    @property
-    def done(self) -> bool:
-        return self._step == self._config.num_steps and self._unfinished is None
+    def run(self) -> dict[str, Any]:
+        """Returns the evaluations {"warm_start": …, "student": …}."""
+        with interruptible(), self._bar:
+            todo: Callable[[], None] | None = self._begin
+            while todo is not None:
+                try:
+                    todo()
+                    is_done = self._step == self._config.num_steps and self._unfinished is None
+                    todo = None if is_done else self._turn
+                except LearnerLost as error:
+                    todo = functools.partial(self._recover, error)
+                except (LimitReached, Interrupted) as error:
+                    self._leave(error)
+        return self._results
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """From the newest checkpoint, or from the warm start: its gate and evaluation first."""
         state = self._run.restore(self._learner)
         self._take_up(state or self._fresh)
@@ -141,27 +127,27 @@ class Loop:
             generated = self._workers.fetch(trial)
             scored = self._teacher.score_with(self._data.student_path, generated)
             gate = self._learner.check_scores(scored)
-            self.results["warm_start"], metrics = self._assess()
+            self._results["warm_start"], metrics = self._assess()
             self._run.log(0, gate | metrics)
             self._steering.observe(metrics, lam=1.0)  # its parse rate may be the best
             if "rollback" in (self._config.alarm.action, self._config.faults.skipped_action):
                 self._save()
 
-    def turn(self) -> None:
+    def _turn(self) -> None:
         if self._unfinished is None:
             self._unfinished = self._update()
         self._finish(self._unfinished)
 
-    def recover(self, error: Exception) -> None:
+    def _recover(self, error: Exception) -> None:
         """Another learner, and everything as at its newest checkpoint."""
         self._learner.restart(error)
-        self.begin()
+        self._begin()
 
-    def leave(self, error: ListopdError) -> NoReturn:
+    def _leave(self, error: ListopdError) -> NoReturn:
         """Keep what there is, and raise `error` with a word on that."""
         hold_interrupts()
         try:
-            if "warm_start" in self.results:
+            if "warm_start" in self._results:
                 if self._kept != (self._step, self._unfinished is None):
                     self._save()
                 kept = f"checkpoint after update {self._step}: the same command goes on"
@@ -198,14 +184,14 @@ class Loop:
         metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
         is_last = step == config.num_steps
         if is_last or _due(step, config.evaluation.every):
-            self.results["student"], evaluated = self._assess()
+            self._results["student"], evaluated = self._assess()
             metrics |= evaluated
             self._score = evaluated.get("eval/ndcg_at_k_all")  # None: nothing has relevance
         metrics |= self._steering.observe(metrics, metrics["train/lam"])
         if self._steering.healthy:  # so are the weights that have sampled this batch, if kept
             self._run.mark_healthy(step - 1 - math.ceil(metrics["rollout/staleness"]))
         self._run.log(step, metrics | self._faults.progress())
-        show_progress(self.bar, metrics)
+        show_progress(self._bar, metrics)
         self._unfinished = None
         event = self._steering.event(step, metrics["train/lam"])
         if event and self._run.record(event) == "rollback":
@@ -215,7 +201,7 @@ class Loop:
 
     def _take_up(self, state: dict[str, Any]) -> None:
         """Go on from a state whose weights are in the learner already."""
-        self._step, self.results = state["step"], dict(state["results"])
+        self._step, self._results = state["step"], dict(state["results"])
         self._prompts.restore(state["prompts"])
         self._steering.restore(state["steering"])
         self._unfinished, self._score = state["unfinished"], None
@@ -225,7 +211,7 @@ class Loop:
             Batch(state["prompts"], state["prompts"], [], in_flight) if in_flight else None
         )
         self._ledger.begin(self._step)
-        self.bar.update(self._step - self.bar.n)
+        self._bar.update(self._step - self._bar.n)
         self._workers.load_weights(self._learner.publish_weights())
 
     def _state(self) -> dict[str, Any]:
@@ -242,7 +228,7 @@ class Loop:
             "step": self._step,
             "prompts": cursor,
             "in_flight": in_flight,
-            "results": dict(self.results),
+            "results": dict(self._results),
             "steering": self._steering.state(),
             "unfinished": self._unfinished,
         }

@@ -19,7 +19,11 @@ FinishReason = Literal["stop", "length"]
 class ListopdError(Exception):
     """A failure that its user can cause and mend: shown as one line, without a trace."""
 
-    exit_status = 1
+
+def last_line(error: BaseException) -> str:
+    """What an error says in the end, that of an actor without Ray's remote trace."""
+    lines = str(getattr(error, "cause", error)).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 class TokenClass(IntEnum):

@@ -39,6 +39,7 @@ from listopd_ray.models import (
     model_hash,
 )
 from listopd_ray.splits import answer_ids, data_directory
+from listopd_ray.supervision import handlers_kept
 from listopd_ray.task.contract import answer_text, ideal_ranking, prompt_text
 from listopd_ray.task.data import dataset_hash, read_examples
 from listopd_ray.tracking import progress_bar
@@ -126,7 +127,8 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
         bar = progress_bar(f"warm start {role}", model.warmstart.num_steps)
         watcher = threading.Thread(target=_show_progress, args=(progress, bar), daemon=True)
         watcher.start()
-        result = trainer.fit()
+        with handlers_kept():
+            result = trainer.fit()
         watcher.join(timeout=10)
         bar.close()
         progress.shutdown()

@@ -19,8 +19,8 @@ import torch
 
 import listopd_ray.roles.learner as learner_module
 import listopd_ray.roles.teacher as teacher_module
-from listopd_ray.cluster import make_requests
 from listopd_ray.config import Config, TeacherActorConfig, load_config
+from listopd_ray.handles import make_requests
 from listopd_ray.models import end_ids, load_tokenizer
 from listopd_ray.roles.hf_engine import HfEngine
 from listopd_ray.roles.learner import Learner

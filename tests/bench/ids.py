@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from listopd_ray.cliff.threshold import lambda_star
-from listopd_ray.cluster import make_requests
 from listopd_ray.config import Config, TeacherActorConfig, load_config
+from listopd_ray.handles import make_requests
 from listopd_ray.models import end_ids, load_model, load_tokenizer
 from listopd_ray.roles.batching import collate, completion_logprobs
 from listopd_ray.roles.hf_engine import HfEngine

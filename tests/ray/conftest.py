@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,19 @@ def prepared(ray_cluster: None, config: Config) -> Prepared:
 @pytest.fixture(scope="session")
 def cluster(config: Config, prepared: Prepared) -> Iterator[Cluster]:
     with launch(config, **prepared.cluster_arguments()) as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture(scope="session")
+def hf_config(config: Config) -> Config:
+    """Sampled by transformers, which starts quickly."""
+    return replace(config, rollout=replace(config.rollout, backend="hf", num_cpus=0.5))
+
+
+@pytest.fixture(scope="session")
+def hf_cluster(hf_config: Config, prepared: Prepared) -> Iterator[Cluster]:
+    with launch(hf_config, **prepared.cluster_arguments()) as running:
         running.wait_until_ready()
         yield running
 

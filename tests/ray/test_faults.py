@@ -20,23 +20,20 @@ from typing import Any
 
 import pytest
 import ray
-from safetensors.numpy import load_file
 
-from listopd_ray.cluster import Cluster, LearnerHandle, TeacherPool, Workers, launch
+from listopd_ray.cluster import Cluster
 from listopd_ray.config import Config
+from listopd_ray.handles import LearnerHandle, TeacherPool, Workers
 from listopd_ray.job import distill
 from listopd_ray.ledger import committed
 from listopd_ray.prepare import Prepared
-from listopd_ray.tracking import TIMING, Run, read_jsonl
+from listopd_ray.supervision import Faults
+from listopd_ray.tracking import Run, read_jsonl
 from listopd_ray.types import ListopdError
+from runs import check_equal, metrics_of
 
 ROUNDS = int(os.environ.get("LISTOPD_CHAOS_ROUNDS", "1"))
 SEED = int(os.environ.get("LISTOPD_CHAOS_SEED", "0"))
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    rows = read_jsonl(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(TIMING)} for row in rows]
 
 
 def pid_of(actor: Any) -> int:
@@ -141,23 +138,25 @@ def long_config(config: Config) -> Config:
 
 
 @pytest.fixture(scope="module")
-def own_cluster(long_config: Config, prepared: Prepared) -> Iterator[Cluster]:
-    with launch(long_config, **prepared.cluster_arguments()) as running:
-        running.wait_until_ready()
-        yield running
+def mortal(cluster: Cluster, long_config: Config) -> Iterator[Cluster]:
+    """The shared engines, of which many may die."""
+    before = dict(vars(cluster.faults))
+    vars(cluster.faults).update(vars(Faults(long_config.faults)))
+    yield cluster
+    vars(cluster.faults).update(before)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(long_config: Config, prepared: Prepared, own_cluster: Cluster) -> Path:
+def undisturbed(long_config: Config, prepared: Prepared, mortal: Cluster) -> Path:
     whole = dataclasses.replace(long_config, name="undisturbed")
-    distill(whole, prepared, own_cluster)
+    distill(whole, prepared, mortal)
     return Path(whole.out) / whole.name
 
 
 def test_roles_may_be_killed_at_any_moment(
     long_config: Config,
     prepared: Prepared,
-    own_cluster: Cluster,
+    mortal: Cluster,
     undisturbed: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -166,7 +165,7 @@ def test_roles_may_be_killed_at_any_moment(
     phases = [phase for _ in range(ROUNDS) for phase in PHASES]
     random.Random(SEED).shuffle(phases)
     killer = Killer(monkeypatch, {2 + 2 * n: phase for n, phase in enumerate(phases)})
-    distill(chaos, prepared, own_cluster)
+    distill(chaos, prepared, mortal)
     directory = Path(chaos.out) / chaos.name
     with capsys.disabled():
         for (update, phase, _), seconds in zip(killer.kills, killer.seconds, strict=True):
@@ -184,9 +183,7 @@ def test_roles_may_be_killed_at_any_moment(
     assert counts["fault/teacher_restarts"] == ROUNDS
     assert counts["fault/learner_restarts"] == 2 * ROUNDS
     assert counts["fault/rollout_restarts"] >= 3 * ROUNDS
-    assert metrics_of(directory) == metrics_of(undisturbed)
-    weights = [load_file(run / "student" / "model.safetensors") for run in (directory, undisturbed)]
-    assert all((weights[0][name] == weights[1][name]).all() for name in weights[1])
+    check_equal(directory, undisturbed)
 
 
 @pytest.mark.skipif(
@@ -195,7 +192,7 @@ def test_roles_may_be_killed_at_any_moment(
 def test_a_role_that_hangs_is_replaced(
     long_config: Config,
     prepared: Prepared,
-    own_cluster: Cluster,
+    mortal: Cluster,
     undisturbed: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -210,10 +207,10 @@ def test_a_role_that_hangs_is_replaced(
 
     monkeypatch.setattr(TeacherPool, "score", stop)
     monkeypatch.setattr(
-        own_cluster.faults, "_config", dataclasses.replace(long_config.faults, timeout_s=5.0)
+        mortal.faults, "_config", dataclasses.replace(long_config.faults, timeout_s=5.0)
     )
     config = dataclasses.replace(long_config, name="hang", num_steps=3)
-    distill(config, prepared, own_cluster)
+    distill(config, prepared, mortal)
     assert stopped
     directory = Path(config.out) / config.name
     assert metrics_of(directory)[:3] == metrics_of(undisturbed)[:3]
@@ -222,7 +219,7 @@ def test_a_role_that_hangs_is_replaced(
 def test_when_nothing_more_may_be_replaced_the_run_ends_with_a_checkpoint_and_goes_on_later(
     long_config: Config,
     prepared: Prepared,
-    own_cluster: Cluster,
+    mortal: Cluster,
     undisturbed: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -230,13 +227,13 @@ def test_when_nothing_more_may_be_replaced_the_run_ends_with_a_checkpoint_and_go
     with monkeypatch.context() as patch:
         Killer(patch, {3: "score"})
         none = dataclasses.replace(long_config.faults, max_restarts=0)
-        patch.setattr(own_cluster.faults, "_config", none)
+        patch.setattr(mortal.faults, "_config", none)
         with pytest.raises(ListopdError) as raised:
-            distill(config, prepared, own_cluster)
+            distill(config, prepared, mortal)
     # It may have died when its work for the third update was just done.
     kept = r"faults\.max_restarts=0; checkpoint after update [23]: the same command goes on"
     assert re.fullmatch(rf"teacher: number 0 died: [^\n]*; {kept}", str(raised.value))
-    distill(config, prepared, own_cluster)  # whose teacher is dead: it is replaced now
+    distill(config, prepared, mortal)  # whose teacher is dead: it is replaced now
     directory = Path(config.out) / config.name
     assert metrics_of(directory) == metrics_of(undisturbed)
     assert json.loads((directory / "summary.json").read_text())["num_steps"] == config.num_steps

@@ -7,21 +7,21 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from safetensors.numpy import load_file
 
 from listopd_ray.checkpoint import Checkpoints
-from listopd_ray.cluster import Cluster, LearnerHandle, Workers, launch
+from listopd_ray.cluster import Cluster
 from listopd_ray.config import Config, dump_config
+from listopd_ray.handles import LearnerHandle, Workers
 from listopd_ray.job import distill
 from listopd_ray.ledger import committed
 from listopd_ray.prepare import Prepared
-from listopd_ray.tracking import TIMING, Run, read_jsonl
+from listopd_ray.tracking import Run, read_jsonl
+from runs import check_equal
 
 ROUNDS = int(os.environ.get("LISTOPD_CHAOS_ROUNDS", "1"))
 
@@ -44,22 +44,16 @@ main(["train", *arguments])
 """
 
 
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    rows = read_jsonl(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(TIMING)} for row in rows]
-
-
 @pytest.fixture(scope="module")
-def small(config: Config, prepared: Prepared) -> Config:
-    """Sampled by transformers, which starts quickly; batches are drawn ahead."""
+def small(hf_config: Config) -> Config:
+    """Batches are drawn ahead."""
     return dataclasses.replace(
-        config,
+        hf_config,
         name="whole",
         num_steps=10,
         max_staleness=1,
-        rollout=dataclasses.replace(config.rollout, backend="hf", num_cpus=0.5),
-        checkpoint=dataclasses.replace(config.checkpoint, every=2),
-        evaluation=dataclasses.replace(config.evaluation, every=5),
+        checkpoint=dataclasses.replace(hf_config.checkpoint, every=2),
+        evaluation=dataclasses.replace(hf_config.evaluation, every=5),
     )
 
 
@@ -69,7 +63,7 @@ def train(
     """In a process of its own, on the tests' Ray cluster."""
     file = tmp_path / f"{config.name}.yaml"
     file.write_text(dump_config(config))
-    place = [*(where or ("listopd_ray.train", "Loop", "turn", "-1")), str(int(signum))]
+    place = [*(where or ("listopd_ray.train", "Loop", "_turn", "-1")), str(int(signum))]
     address = ray.get_runtime_context().gcs_address
     return subprocess.run(
         [sys.executable, "-c", SCRIPT, *place, str(file)],
@@ -94,30 +88,14 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def engines(small: Config, prepared: Prepared) -> Iterator[Cluster]:
-    with launch(small, **prepared.cluster_arguments()) as running:
-        running.wait_until_ready()
-        yield running
-
-
-@pytest.fixture(scope="module")
-def whole(small: Config, prepared: Prepared, engines: Cluster) -> Path:
+def whole(small: Config, prepared: Prepared, hf_cluster: Cluster) -> Path:
     """A run that nothing happened to."""
-    distill(small, prepared, engines)
+    distill(small, prepared, hf_cluster)
     return Path(small.out) / small.name
 
 
-def check_equal(run: Path, whole: Path) -> None:
-    assert metrics_of(run) == metrics_of(whole)
-    weights = [load_file(path / "student" / "model.safetensors") for path in (run, whole)]
-    assert all((weights[0][name] == weights[1][name]).all() for name in weights[1])
-    ledgers = [committed(read_jsonl(path / "ledger.jsonl")) for path in (run, whole)]
-    for update, row in ledgers[1].items():
-        assert ledgers[0][update]["samples"] == row["samples"]
-
-
 def test_a_run_that_ends_at_five_places_of_an_update_equals_the_undisturbed(
-    small: Config, prepared: Prepared, engines: Cluster, whole: Path
+    small: Config, prepared: Prepared, hf_cluster: Cluster, whole: Path
 ) -> None:
     config = dataclasses.replace(small, name="ended")
     for owner, verb, number in PLACES:
@@ -133,8 +111,8 @@ def test_a_run_that_ends_at_five_places_of_an_update_equals_the_undisturbed(
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             patch.setattr(owner, verb, call)
-            distill(config, prepared, engines)
-    distill(config, prepared, engines)
+            distill(config, prepared, hf_cluster)
+    distill(config, prepared, hf_cluster)
     check_equal(Path(config.out) / "ended", whole)
 
 
@@ -151,7 +129,7 @@ def test_a_run_whose_process_is_killed_and_then_terminated_equals_the_undisturbe
     if place == "checkpoint":
         assert (directory / "checkpoints" / "LATEST").read_text() == "step-000002\n"
         assert (directory / "checkpoints" / "step-000004.tmp" / "manifest.json").exists()
-    turn = ("listopd_ray.train", "Loop", "turn", "2")
+    turn = ("listopd_ray.train", "Loop", "_turn", "2")
     done = train(config, tmp_path, *turn, signum=signal.SIGTERM)
     assert done.returncode == 128 + signal.SIGTERM
     newest = (directory / "checkpoints" / "LATEST").read_text().strip()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from listopd_ray.cliff.calibration import measure, predict
-from listopd_ray.cluster import make_requests
 from listopd_ray.config import Config, ModelConfig, WarmstartConfig, load_config
+from listopd_ray.handles import make_requests
 from listopd_ray.models import end_ids, load_tokenizer
 from listopd_ray.roles.hf_engine import HfEngine
 from listopd_ray.roles.rollout import Generated, make_rollout

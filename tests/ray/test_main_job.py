@@ -9,22 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from listopd_ray.cluster import Cluster, launch
+from listopd_ray.cluster import Cluster
 from listopd_ray.config import Config, load_config
 from listopd_ray.job import distill, evaluate_job
 from listopd_ray.prepare import Prepared
 from listopd_ray.rank import RankConfig, rank
-from listopd_ray.tracking import TIMING, Run
+from listopd_ray.tracking import Run
 from listopd_ray.types import ListopdError
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """The run's metrics without those in which equal runs differ."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(TIMING)} for row in rows]
+from runs import check_equal, metrics_of
 
 
 def run_again(config: Config, prepared: Prepared, cluster: Cluster, **changes: Any) -> Path:
@@ -97,12 +91,7 @@ def test_an_interrupted_run_continues_to_the_metrics_and_weights_of_an_undisturb
         patch.setattr(Run, "log", fail_after_three)
         run_again(config, prepared, cluster, name="interrupted")
     resumed = run_again(config, prepared, cluster, name="interrupted")
-    assert metrics_of(resumed) == metrics_of(finished_run)
-    states = [
-        AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
-        for run in (resumed, finished_run)
-    ]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+    check_equal(resumed, finished_run)
 
 
 def test_sampling_ahead_is_stale_by_one_update(
@@ -159,13 +148,11 @@ def test_rank_writes_a_ranking_of_item_ids_or_the_reason_for_none(
             assert sorted(answer["ranking"]) == sorted(item["id"] for item in row["items"])
 
 
-def test_the_loop_runs_on_transformers_alone(config: Config, prepared: Prepared) -> None:
-    changed = dataclasses.replace(
-        config, name="hf", num_steps=2, rollout=dataclasses.replace(config.rollout, backend="hf")
-    )
-    with launch(changed, **prepared.cluster_arguments()) as running:
-        running.wait_until_ready()
-        rows = metrics_of(run_again(changed, prepared, running, group_size=2))
+def test_the_loop_runs_on_transformers_alone(
+    hf_config: Config, prepared: Prepared, hf_cluster: Cluster
+) -> None:
+    changed = dataclasses.replace(hf_config, name="hf", num_steps=2, group_size=2)
+    rows = metrics_of(run_again(changed, prepared, hf_cluster))
     assert rows[0]["gate/rollout_max"] < 1e-4
     assert all(row["sync/canary_max"] < 1e-4 for row in rows[1:])
     assert rows[1]["kl/mismatch_max"] < 1e-4

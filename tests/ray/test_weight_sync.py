@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import ray
 
-from listopd_ray.cluster import Cluster, Workers
+from listopd_ray.cluster import Cluster
 from listopd_ray.config import Config
+from listopd_ray.handles import Workers
 from listopd_ray.prepare import Prepared
 from listopd_ray.supervision import ActorLost
 from listopd_ray.team import Team

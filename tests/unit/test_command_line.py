@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -93,3 +95,28 @@ def test_the_command_line_runs_as_a_module_and_leaves_with_its_status(tmp_path):
     failed = run("train", "lam=-1")
     assert failed.returncode == 1
     assert failed.stderr == "listopd: error: lam: λ must be finite and ≥ 0\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "signum"), [("SIGTERM", signal.SIGTERM), ("SIGINT", signal.SIGINT)]
+)
+def test_a_signal_ends_a_command_in_one_line_with_its_status(name, signum, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(
+        "listopd_ray.__main__._dispatch", lambda _: os.kill(os.getpid(), int(signum))
+    )
+    try:
+        with pytest.raises(SystemExit) as raised:
+            main([])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert raised.value.code == 128 + signum
+    assert capsys.readouterr().err == f"listopd: interrupted by {name}\n"
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    command = [sys.executable, "-m", "listopd_ray", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1

@@ -11,6 +11,8 @@ from listopd_ray.supervision import (
     Interrupted,
     LimitReached,
     check_interrupt,
+    handlers_kept,
+    interrupt,
     interruptible,
 )
 
@@ -64,7 +66,7 @@ def test_a_signal_is_kept_until_it_is_looked_for_and_seen_once(signum):
         os.kill(os.getpid(), signum)
         with pytest.raises(Interrupted) as raised:
             check_interrupt()
-        assert raised.value.exit_status == 128 + signum
+        assert raised.value.signum == signum
         check_interrupt()  # a checkpoint may be written now
         os.kill(os.getpid(), signal.SIGTERM)  # impatience
         check_interrupt()
@@ -77,10 +79,32 @@ def test_ctrl_c_a_second_time_ends_at_once():
 
 
 def test_a_signal_that_came_too_late_goes_to_whoever_waits_for_it_outside():
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), interruptible():
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    before, seen = signal.getsignal(signal.SIGTERM), []
+    handler = lambda signum, _: seen.append(signum)  # noqa: E731
+    signal.signal(signal.SIGTERM, handler)
+    try:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert seen == []
+        assert seen == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_handlers_that_are_set_survive_whoever_leaves_others_behind():
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with handlers_kept():
+            for signum in before:
+                signal.signal(signum, interrupt)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is interrupt  # there was none to keep
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def test_signals_are_left_alone_outside_the_main_thread():

@@ -17,7 +17,7 @@ from listopd_ray.ledger import committed
 from listopd_ray.roles.teacher import Scored
 from listopd_ray.supervision import Faults, Interrupted, LearnerLost, LimitReached
 from listopd_ray.tracking import Run, read_jsonl
-from listopd_ray.train import from_json, to_json, train
+from listopd_ray.train import Loop, from_json, to_json
 from listopd_ray.types import ListopdError
 
 
@@ -93,7 +93,7 @@ def start(data, tokenizer):
         workers.at = at
         roles = workers, teacher or FakeTeacher(events), learner
         with Run(config, {"data": "a"}) as run:
-            results = train(config, data, *roles, run, Faults(config.faults))
+            results = Loop(config, data, *roles, run, Faults(config.faults)).run()
             run.finish(results)
         return SimpleNamespace(learner=learner, workers=workers, results=results)
 

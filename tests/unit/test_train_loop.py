@@ -22,7 +22,7 @@ from listopd_ray.models import encode_prompt
 from listopd_ray.supervision import Faults
 from listopd_ray.task.contract import TokenText
 from listopd_ray.tracking import TIMING, Run
-from listopd_ray.train import train
+from listopd_ray.train import Loop
 from listopd_ray.types import ListopdError, Prompt
 
 NUM_STEPS = 7
@@ -77,9 +77,9 @@ def start(data, tokenizer):
         outcome = SimpleNamespace(events=events, learner=learner, results=None)
         with Run(config, {"data": data_hash}) as run:
             try:
-                outcome.results = train(
+                outcome.results = Loop(
                     config, data, workers, teacher, learner, run, Faults(config.faults)
-                )
+                ).run()
             except Interrupted:
                 return outcome
             if finish:
