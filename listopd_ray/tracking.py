@@ -69,7 +69,7 @@ class Run:
             inputs = self.directory / "inputs.json"
             if inputs.exists():
                 before = read_json(inputs, str(inputs))
-                _check_same(f"{self.directory}: begun with others", before, hashes)
+                _check_same(f"{self.directory}: begun on other data or models", before, hashes)
             replace_file(inputs, json.dumps(hashes, indent=2) + "\n")
             replace_file(self.directory / "config.yaml", dump_config(config))
         except OSError as error:

@@ -257,7 +257,7 @@ def test_a_run_begun_with_another_configuration_refuses_and_names_the_keys(confi
 
 def test_a_run_begun_on_other_data_refuses_to_continue(config, start):
     start(config, fail_at=3)
-    with pytest.raises(ListopdError, match="begun with another data"):
+    with pytest.raises(ListopdError, match=r"begun on other data or models: data \(a → b\)"):
         start(config, data_hash="b")
     assert start(config).results
 
