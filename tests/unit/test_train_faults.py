@@ -170,7 +170,6 @@ def test_a_run_interrupted_at_any_wait_keeps_a_checkpoint_and_goes_on_to_the_sam
         broken = dataclasses.replace(config, out=str(tmp_path / f"at-{at}"))
         with pytest.raises(Interrupted) as raised:
             start(broken, at=at)
-        assert raised.value.exit_status == 143
         before = committed(ledger(broken))
         if at > 4:  # the warm start is evaluated
             kept = f"checkpoint after update {len(before)}: the same command goes on"
