@@ -47,7 +47,11 @@ class Saves(Protocol):
 
 class Checkpoints:
     """Those of one run under `root`, a path or URL: of the newest `keep`, the best by its score,
-    and the newest healthy one to roll back to, none is removed."""
+    and the newest healthy one to roll back to, none is removed.
+
+    One that is extra (an interrupted run's) goes with the next and is never healthy: a run that is
+    continued rolls back to where an undisturbed one does.
+    """
 
     def __init__(self, root: str, keep: int) -> None:
         self._fs, self._root = _locate(root)
@@ -60,7 +64,8 @@ class Checkpoints:
         learner: Saves,
         state: dict[str, Any],
         *,
-        healthy: bool,
+        healthy: bool = False,
+        extra: bool = False,
         score: float | None = None,
     ) -> None:
         """Write learner and `state` (JSON) after `step` updates; `score`: more is better.
@@ -77,7 +82,8 @@ class Checkpoints:
                 text = json.dumps({"step": step, **state}, indent=1)
                 files["state.json"] = _digest_of(text.encode())
                 self._write(f"{partial}/state.json", text)
-                manifest: dict[str, Any] = {"step": step, "score": score, "files": files}
+                manifest: dict[str, Any] = {"step": step, "score": score, "extra": extra}
+                manifest["files"] = files
                 manifest["sha256"] = _manifest_digest(manifest)
                 self._write(f"{partial}/{MANIFEST}", json.dumps(manifest, indent=1))
                 if healthy:
@@ -94,7 +100,7 @@ class Checkpoints:
         """The checkpoint after `step` updates, if there is one, is good to roll back to."""
         name = f"step-{step:06d}"
         with writing(self._url()):
-            if name in self._complete():
+            if name in self._complete() and not self._value(name, "extra"):
                 self._write(f"{name}/{HEALTHY}", "")
 
     def restore(self, learner: Saves) -> dict[str, Any] | None:
@@ -158,9 +164,10 @@ class Checkpoints:
 
     def _prune(self) -> None:
         complete = self._complete()
-        kept = set(complete[-self._keep :])
-        kept |= set([name for name in complete if self._is_healthy(name)][-1:])
-        scores = {name: score for name in complete if (score := self._score(name)) is not None}
+        regular = [name for name in complete if not self._value(name, "extra")]
+        kept = {*complete[-1:], *regular[-self._keep :]}
+        kept |= set([name for name in regular if self._is_healthy(name)][-1:])
+        scores = {name: score for name in regular if (score := self._score(name)) is not None}
         kept |= set(sorted(scores, key=lambda name: scores[name])[-1:])  # the newest of equals
         for name in complete:
             if name not in kept:
@@ -168,9 +175,12 @@ class Checkpoints:
         self._point()
 
     def _score(self, name: str) -> float | None:
+        score = self._value(name, "score")
+        return score if score is not None and math.isfinite(score) else None
+
+    def _value(self, name: str, key: str) -> Any:
         with suppress(CorruptCheckpoint):  # `restore` will say so
-            score = self._manifest(name)["score"]
-            return score if score is not None and math.isfinite(score) else None
+            return self._manifest(name).get(key)
         return None
 
     def _is_healthy(self, name: str) -> bool:

@@ -149,7 +149,7 @@ class Loop:
         try:
             if "warm_start" in self._results:
                 if self._kept != (self._step, self._unfinished is None):
-                    self._save()
+                    self._save(extra=True)
                 kept = f"checkpoint after update {self._step}: the same command goes on"
                 error.args = (f"{error}; {kept}",)
         except ListopdError as failure:
@@ -233,9 +233,10 @@ class Loop:
             "unfinished": self._unfinished,
         }
 
-    def _save(self) -> None:
-        state, healthy = self._state(), self._step == 0  # others once their rollouts are seen
-        self._run.save(self._step, self._learner, state, healthy=healthy, score=self._score)
+    def _save(self, *, extra: bool = False) -> None:
+        healthy = self._step == 0 and not extra  # others once their rollouts are seen
+        marks = {"healthy": healthy, "extra": extra, "score": self._score}
+        self._run.save(self._step, self._learner, self._state(), **marks)
         self._kept = (self._step, self._unfinished is None)
 
     def _sample(self, at: int) -> Batch:

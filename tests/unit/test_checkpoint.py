@@ -25,9 +25,10 @@ def root(request, tmp_path):
     return f"memory://{tmp_path.name}/run"
 
 
-def save(root, learner, step, *, keep=2, healthy=False, score=None, **state):
+def save(root, learner, step, *, keep=2, healthy=False, extra=False, score=None, **state):
     learner.policy_version = step
-    Checkpoints(str(root), keep).save(step, learner, state, healthy=healthy, score=score)
+    marks = {"healthy": healthy, "extra": extra, "score": score}
+    Checkpoints(str(root), keep).save(step, learner, state, **marks)
 
 
 def restore(root, learner):
@@ -73,7 +74,7 @@ def test_the_manifest_has_the_digest_of_every_file(tmp_path, learner):
     found = digests(directory)
     del found["manifest.json"], found["healthy"]  # the one it is in, and one that may come later
     assert len(manifest.pop("sha256")) == 64  # of the rest
-    assert manifest == {"step": 1, "score": 0.5, "files": found}
+    assert manifest == {"step": 1, "extra": False, "score": 0.5, "files": found}
     assert set(found) == {"fake.json", "state.json"}
 
 
@@ -291,6 +292,18 @@ def test_a_checkpoint_may_turn_out_healthy_later(root, learner):
     Checkpoints(root, 2).mark_healthy(0)  # gone already, and not to come back
     Checkpoints(root, 2).drop_unhealthy()
     assert kept(root) == [1, 2]
+
+
+def test_an_extra_one_takes_no_others_place_and_is_nothing_to_roll_back_to(root, learner):
+    for step in (1, 2):
+        save(root, learner, step, healthy=step == 1)
+    save(root, learner, 3, extra=True, score=0.9)
+    save(root, learner, 4, extra=True)
+    assert kept(root) == [1, 2, 4]
+    Checkpoints(str(root), 2).mark_healthy(4)
+    assert restore(root, FakeLearner(events=[]))["step"] == 4
+    Checkpoints(str(root), 2).drop_unhealthy()
+    assert kept(root) == [1]
 
 
 @pytest.mark.parametrize(

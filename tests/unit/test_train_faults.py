@@ -5,12 +5,22 @@
 import dataclasses
 import json
 import math
+import random
 import signal
 from types import SimpleNamespace
 
 import pytest
 from fakes import FakeLearner, FakeTeacher, FakeWorkers, Reference, make_scored
-from test_train_loop import NUM_STEPS, config, data, in_another_place, rows  # noqa: F401
+from test_train_loop import (
+    CLIFF,
+    NUM_STEPS,
+    collapsing,  # noqa: F401
+    config,  # noqa: F401
+    data,  # noqa: F401
+    in_another_place,
+    rows,
+    same_files,
+)
 
 from listopd_ray.config import FaultsConfig
 from listopd_ray.ledger import committed
@@ -24,8 +34,8 @@ from listopd_ray.types import ListopdError
 class Mortal(FakeLearner):
     """Dies at the n-th call of a verb: `deaths` has (verb, n, "before" or "after")."""
 
-    def __init__(self, events, deaths=()):
-        super().__init__(events)
+    def __init__(self, events, deaths=(), cliff=None):
+        super().__init__(events, cliff=cliff)
         self.deaths = set(deaths)
         self.calls = {}
         self.restarts = 0
@@ -33,7 +43,8 @@ class Mortal(FakeLearner):
     def restart(self, why):
         assert isinstance(why, LearnerLost)
         self.restarts += 1
-        self.theta, self.policy_version, self.completions = 0.0, 0, [0, 1, 2, 3]
+        self.theta, self.policy_version = 0.0, 0
+        self.completions = [0, 1, 2, 3] if self._cliff is None else [0, 1]
 
     def _mortal(self, verb, *arguments):
         self.calls[verb] = n = self.calls.get(verb, 0) + 1
@@ -411,3 +422,75 @@ def test_samples_under_way_survive_json_bit_for_bit(data, tokenizer):
                 np.testing.assert_array_equal(x, y)
             for name in ("sample_index", "finish_reason", "policy_version"):
                 assert getattr(a, name) == getattr(b, name)
+
+
+class Unlucky(Mortal):
+    """Dies before or after any call, by a die."""
+
+    def __init__(self, events, dice):
+        super().__init__(events, cliff=CLIFF)
+        self.dice = dice
+
+    def _mortal(self, verb, *arguments):
+        n = self.calls.get(verb, 0) + 1
+        if self.dice.random() < 0.05:
+            self.deaths = {(verb, n, self.dice.choice(["before", "after"]))}
+        return super()._mortal(verb, *arguments)
+
+
+class Ends(Exception):  # noqa: N818 - what happens, not what went wrong
+    """The process is killed."""
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_deaths_signals_and_kills_in_a_run_that_rolls_back_change_nothing(
+    collapsing, data, tokenizer, tmp_path, monkeypatch, seed
+):
+    dice = random.Random(seed)
+    checkpoint = dataclasses.replace(collapsing.checkpoint, every=dice.randint(1, 4))
+    whole = dataclasses.replace(
+        collapsing, max_staleness=seed % 2, checkpoint=checkpoint, name="whole"
+    )
+    broken = dataclasses.replace(whole, name="broken")
+    log, save = Run.log, Run.save
+
+    def mishap(*errors):
+        if run is broken and dice.random() < 0.04:
+            raise dice.choice(errors)
+
+    def around(verb, *errors):
+        def call(*arguments, **options):
+            mishap(*errors)
+            result = verb(*arguments, **options)
+            mishap(Ends)
+            return result
+
+        return call
+
+    def waits(verb):
+        return around(verb, Ends, Interrupted(signal.SIGTERM))
+
+    class Workers(FakeWorkers):
+        fetch, load_weights = waits(FakeWorkers.fetch), waits(FakeWorkers.load_weights)
+
+    class Teacher(FakeTeacher):
+        fetch = waits(FakeTeacher.fetch)
+
+    monkeypatch.setattr(Run, "log", around(log, Ends))
+    monkeypatch.setattr(Run, "save", around(save, Ends))
+    ends = []
+    for run in (whole, broken):
+        for _ in range(60):
+            learner = Unlucky([], dice) if run is broken else Mortal([], cliff=CLIFF)
+            try:
+                with Run(run, {"data": "a"}) as opened:
+                    roles = Workers([], tokenizer), Teacher([]), learner
+                    results = Loop(run, data, *roles, opened, Faults(run.faults)).run()
+                    ends.append((results, learner.theta))
+                    break
+            except (Ends, Interrupted):
+                continue
+    assert ends[0] == ends[1]
+    assert same_files(whole, broken)
+    updates = [without_incarnations(committed(ledger(run))) for run in (whole, broken)]
+    assert updates[0] == updates[1]
