@@ -24,8 +24,8 @@ def outcome(config: SearchConfig) -> Any:
 
 
 @pytest.fixture(scope="module")
-def shared_slots(ray_cluster: None, config: Config) -> Iterator[Slots]:
-    with Slots(config, 2) as slots:
+def shared_slots(ray_cluster: None, hf_config: Config) -> Iterator[Slots]:
+    with Slots(hf_config, 2) as slots:
         yield slots
 
 
@@ -37,13 +37,13 @@ def use_shared_slots(shared_slots: Slots, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def real_search(config: Config, name: str, **settings) -> SearchConfig:
-    """Three updates on a warm start that mostly parses (0.72)."""
+    """Three small updates on one warm start for all seeds."""
     changes = {
         "name": name,
         "num_steps": 3,
         "evaluation.every": 0,
-        "student.warmstart.num_steps": 150,
-        "student.warmstart.format_noise": 0.02,
+        "lr": 3e-4,
+        "student.warmstart.seed": 0,
         "teacher.warmstart.seed": 0,
     }
     plain = with_values(config, changes)
@@ -52,13 +52,13 @@ def real_search(config: Config, name: str, **settings) -> SearchConfig:
 
 def test_real_trials_are_searched_interrupted_and_continued(
     ray_cluster: None,
-    config: Config,
+    hf_config: Config,
     stop_search: Callable[..., None],
     request: pytest.FixtureRequest,
 ) -> None:
     settings = dict(seeds=[0, 1], resolution=0.1, max_lam=1.2, error=0.4)
     interrupted, whole = (
-        real_search(config, n, **settings) for n in ("search-cut", "search-whole")
+        real_search(hf_config, n, **settings) for n in ("search-cut", "search-whole")
     )
     stop_search(3)
     with pytest.raises(KeyboardInterrupt):
@@ -79,10 +79,10 @@ def test_real_trials_are_searched_interrupted_and_continued(
 
 
 def test_grids_and_optuna_run_the_same_trials_over_any_key(
-    config: Config, use_shared_slots: None, capsys: pytest.CaptureFixture[str]
+    hf_config: Config, use_shared_slots: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     space = {"lr": {"grid_search": [1e-3, 3e-3]}, "group_size": {"choice": [2]}}
-    grid = real_search(config, "grid", algorithm="grid", space=space)
+    grid = real_search(hf_config, "grid", algorithm="grid", space=space)
     search_job(grid)
     file = run_directory(grid) / "trials.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -99,7 +99,7 @@ def test_grids_and_optuna_run_the_same_trials_over_any_key(
     options = dict(algorithm="optuna", asha=True, rung=1, space=space)
 
     def optuna(number: int) -> SearchConfig:
-        plain = real_search(config, "optuna", num_samples=number, **options)
+        plain = real_search(hf_config, "optuna", num_samples=number, **options)
         return replace(plain, evaluation=replace(plain.evaluation, every=1))
 
     search_job(optuna(2))
@@ -114,7 +114,8 @@ def test_grids_and_optuna_run_the_same_trials_over_any_key(
     assert "best first" in capsys.readouterr().out
 
 
-def test_a_slot_whose_engine_died_is_rebuilt(ray_cluster: None, config: Config) -> None:
+def test_a_slot_whose_engine_died_is_rebuilt(ray_cluster: None, hf_config: Config) -> None:
+    config = hf_config
     prepared = prepared_for(config)
     with Slots(config, 1) as slots:
 

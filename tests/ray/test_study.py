@@ -363,11 +363,13 @@ def test_a_study_needs_a_slot(slots, make_study):
 
 
 def test_a_real_study_measures_trains_on_one_slot_and_judges(
-    ray_cluster: None, config: Config, prepared: Prepared, tmp_path: Path
+    ray_cluster: None, hf_config: Config, prepared: Prepared, tmp_path: Path
 ) -> None:
+    config = hf_config
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
     small = dataclasses.replace(config.evaluation, every=0)
     fields |= {"out": str(tmp_path), "name": "real", "num_steps": 2, "evaluation": small}
+    fields["lr"] = 3e-4  # λ = 1 keeps the contract
     curve = Curve(set={"clip": 2.0}, lams=[1.0, 1.5], step=0.5, judge=True)
     bounded = Curve(set={"clip": 2.0, "extrapolation": "bounded"}, lams=[1.0, 1.5])
     study = StudySection(slots=1, seeds=[0], curves={"c2": curve, "bounded": bounded})

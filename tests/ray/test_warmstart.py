@@ -22,11 +22,11 @@ def test_a_warm_start_is_made_once(prepared: Prepared, config: Config) -> None:
     assert prepared.student_path != prepared.teacher_path
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_workers_make_the_same_warm_start_as_one(
-    ray_cluster: None, config: Config, tmp_path: Path, optimizer: str
+    ray_cluster: None, config: Config, tmp_path: Path
 ) -> None:
-    warmstart = WarmstartConfig(num_steps=6, batch_size=16, format_noise=0.1, optimizer=optimizer)  # type: ignore[arg-type]
+    # Muon for the matrices, AdamW for the rest.
+    warmstart = WarmstartConfig(num_steps=6, batch_size=16, format_noise=0.1, optimizer="muon")
     student = dataclasses.replace(config.student, warmstart=warmstart)
     states = []
     for num_workers in (1, 2):
@@ -48,8 +48,9 @@ def test_lambda_other_than_one_without_a_usable_base_is_an_error(
     assert prepare(dataclasses.replace(config, base=base, lam=1.0)).base_path is None
 
 
-def test_roles_with_different_tokenizers_are_an_error(prepared: Prepared, config: Config) -> None:
-    tokenizer = dataclasses.replace(config.tokenizer, vocab_size=270)
-    student = ModelConfig(path=str(prepared.student_path))
+def test_roles_with_different_tokenizers_are_an_error(
+    prepared: Prepared, config: Config, student_path: Path
+) -> None:
+    student = ModelConfig(path=str(student_path))
     with pytest.raises(ListopdError, match="different tokenizers"):
-        prepare(dataclasses.replace(config, tokenizer=tokenizer, student=student))
+        prepare(dataclasses.replace(config, student=student))
