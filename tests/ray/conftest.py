@@ -20,7 +20,7 @@ from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Of its own, whatever runs here; with more logical CPUs than the machine has, since the tests
     hold several placement groups at once."""
-    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
