@@ -56,11 +56,11 @@ def test_real_trials_are_searched_interrupted_and_continued(
     stop_search: Callable[..., None],
     request: pytest.FixtureRequest,
 ) -> None:
-    settings = dict(seeds=[0, 1], resolution=0.1, max_lam=1.2, error=0.4)
+    settings = dict(seeds=[0], resolution=0.1, max_lam=1.2, error=0.4)
     interrupted, whole = (
         real_search(hf_config, n, **settings) for n in ("search-cut", "search-whole")
     )
-    stop_search(3)
+    stop_search(2)
     with pytest.raises(KeyboardInterrupt):
         search_job(interrupted)
     stop_search()
