@@ -15,7 +15,7 @@ from listopd_ray.config import Config, describe_keys, load_config
 from listopd_ray.job_config import CalibrateConfig, SearchConfig, StudyConfig
 from listopd_ray.label import LabelConfig, label_command
 from listopd_ray.rank import RankConfig
-from listopd_ray.supervision import Interrupted, interrupt
+from listopd_ray.supervision import Interrupted
 from listopd_ray.task.amazon import AmazonConfig, write_amazon
 from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic
 from listopd_ray.types import ListopdError
@@ -171,7 +171,14 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    signal.signal(signal.SIGTERM, interrupt)
+    terminated = list[int]()
+
+    def terminate(signum: int, _: Any) -> None:
+        """As Ctrl-C: what the process holds is given back."""
+        terminated.append(signum)  # Ray replaces what is raised inside its calls
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         _dispatch(arguments)
         sys.stdout.flush()  # here a closed pipe can still be handled
@@ -181,8 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ListopdError as error:
         # Ray wraps what an actor raised together with a remote trace.
         sys.exit(f"listopd: error: {getattr(error, 'cause', error)}")
-    except KeyboardInterrupt as error:
-        signum = error.args[0] if error.args else signal.SIGINT
+    except KeyboardInterrupt:
+        signum = terminated[0] if terminated else signal.SIGINT
         print(f"listopd: interrupted by {signal.Signals(signum).name}", file=sys.stderr)
         sys.exit(128 + signum)
     except BrokenPipeError:

@@ -77,11 +77,6 @@ def pause(seconds: float) -> None:
         time.sleep(min(LOOK_S, left))
 
 
-def interrupt(signum: int, _: Any) -> None:
-    """Handler that ends the process as Ctrl-C does: what it holds is given back."""
-    raise KeyboardInterrupt(signum)
-
-
 @contextmanager
 def handlers_kept() -> Iterator[None]:
     """Where the block (Ray's functions do) leaves its own handlers behind, those before come back.

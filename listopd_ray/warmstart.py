@@ -127,8 +127,11 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
         bar = progress_bar(f"warm start {role}", model.warmstart.num_steps)
         watcher = threading.Thread(target=_show_progress, args=(progress, bar), daemon=True)
         watcher.start()
-        with handlers_kept():
-            result = trainer.fit()
+        try:
+            with handlers_kept():
+                result = trainer.fit()
+        except SystemExit:  # so ends Ray Train's handler of Ctrl-C
+            raise KeyboardInterrupt from None
         watcher.join(timeout=10)
         bar.close()
         progress.shutdown()
