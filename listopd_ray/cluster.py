@@ -47,16 +47,16 @@ def ray_session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    try:
-        with handlers_kept():
+    with handlers_kept():
+        try:
             ray.init(
                 include_dashboard=False,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
                 runtime_env={"env_vars": _TORCH_ENV},
             )
-    except Exception as error:  # Ray has no common base for them
-        raise ListopdError(f"Ray did not start: {' '.join(str(error).split())}") from error
+        except Exception as error:  # Ray has no common base for them
+            raise ListopdError(f"Ray did not start: {' '.join(str(error).split())}") from error
     try:
         yield
     finally:

@@ -249,6 +249,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+RESOURCES = ("num_cpus", "num_gpus")
 NOT_NEGATIVE = (
     "faults.max_restarts",
     "faults.backoff_s",
@@ -263,6 +264,7 @@ NOT_NEGATIVE = (
     "evaluation.num_samples",
     "checkpoint.every",
     "scoring.support_size",
+    *(f"{role}.{key}" for role in ("rollout", "scoring", "learner") for key in RESOURCES),
     *(
         f"{role}.warmstart.{key}"
         for role in ("student", "teacher")
@@ -406,6 +408,7 @@ def _validate(config: Config) -> None:
         valid = value is None or (math.isfinite(value) and value >= 0)
         require(valid, key, "must be finite and ≥ 0")
     require(config.seed < 1 << 63, "seed", "must be < 2^63")
+    require(config.num_steps < 10**9, "num_steps", "must be < 10^9")
     grammar_without_vllm = config.rollout.grammar and config.rollout.backend != "vllm"
     require(not grammar_without_vllm, "rollout.grammar", "needs rollout.backend=vllm")
     timeout = config.faults.timeout_s
@@ -424,11 +427,9 @@ def _validate(config: Config) -> None:
         noise = model.warmstart.format_noise
         require(0 <= noise < 1, f"{role}.warmstart.format_noise", "must lie in [0, 1)")
         require(model.hidden_size % 32 == 0, f"{role}.hidden_size", "must be a multiple of 32")
-    require(
-        "/" not in config.name and config.name not in ("", ".", ".."),
-        "name",
-        "must be a plain name",
-    )
+    is_plain = "/" not in config.name and config.name not in ("", ".", "..")
+    is_plain = is_plain and config.name.isprintable() and len(config.name.encode()) <= 200
+    require(is_plain, "name", "must be a plain name of at most 200 bytes")
 
 
 def describe_keys(schema: type) -> list[tuple[str, str, str]]:

@@ -81,7 +81,8 @@ def pause(seconds: float) -> None:
 def handlers_kept() -> Iterator[None]:
     """Where the block (Ray's functions do) leaves its own handlers behind, those before come back.
 
-    Elsewhere than in the main thread nothing can be set, here and there.
+    Raises Interrupted where they end the process meanwhile, as they do, silently. Elsewhere than in
+    the main thread nothing can be set, here and there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -89,9 +90,12 @@ def handlers_kept() -> Iterator[None]:
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except SystemExit as error:
+        sigterm = error.code == signal.SIGTERM
+        raise Interrupted(signal.SIGTERM if sigterm else signal.SIGINT) from None
     finally:
         for signum, handler in before.items():
-            if handler is not signal.SIG_DFL:
+            if handler not in (signal.SIG_DFL, None):
                 signal.signal(signum, handler)
 
 

@@ -31,8 +31,11 @@ def check_startable(config: Config) -> None:
     if (directory / "config.yaml").exists():
         check_unchanged(config)
     check_writable(directory)
-    if config.checkpoint.path:
-        Checkpoints(config.checkpoint.path, config.checkpoint.keep)
+    path = config.checkpoint.path
+    if path:
+        Checkpoints(path, config.checkpoint.keep)
+        if "://" not in path:
+            check_writable(Path(path))
 
 
 def check_writable(directory: Path) -> None:
@@ -69,6 +72,8 @@ class Run:
             inputs = self.directory / "inputs.json"
             if inputs.exists():
                 before = read_json(inputs, str(inputs))
+                if not isinstance(before, dict):
+                    raise ListopdError(f"{inputs}: not what this writes")
                 _check_same(f"{self.directory}: begun on other data or models", before, hashes)
             replace_file(inputs, json.dumps(hashes, indent=2) + "\n")
             replace_file(self.directory / "config.yaml", dump_config(config))
@@ -126,6 +131,8 @@ class Run:
     def _check_owner(self, before: dict[str, Any]) -> None:
         """Others may have written to `checkpoint.path` under the same name."""
         now = json.loads(json.dumps(self._owner))
+        before = {key: value for key, value in before.items() if key in now}  # of older versions
+        now = {key: value for key, value in now.items() if key in before}
         _check_same(f"{self._root}: checkpoints of another run", before, now)
 
     def roll_back(self, learner: Saves) -> dict[str, Any]:
@@ -239,16 +246,17 @@ def check_unchanged(config: Config, but_for: Sequence[str] = ()) -> None:
     of `but_for` may differ."""
     file = run_directory(config) / "config.yaml"
     before, now = _flat(_nested(load_config(type(config), [str(file)]))), _flat(_nested(config))
-    now = {key: value for key, value in now.items() if key not in but_for}
+    before, now = ({k: v for k, v in flat.items() if k not in but_for} for flat in (before, now))
     _check_same(f"{file.parent}: begun with another configuration", before, now)
 
 
 def _check_same(what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ListopdError, begun with `what`, with the keys of both that differ."""
-    changed = [key for key in now if key in before and now[key] != before[key]]
+    """Raises ListopdError, begun with `what`, with the keys that differ or that one lacks."""
+    none = "none"
+    changed = [key for key in {**before, **now} if before.get(key, none) != now.get(key, none)]
     if changed:
-        listed = ", ".join(f"{key} ({before[key]} → {now[key]})" for key in changed)
-        raise ListopdError(f"{what}: {listed}")
+        pairs = [f"{key} ({before.get(key, none)} → {now.get(key, none)})" for key in changed]
+        raise ListopdError(f"{what}: {', '.join(pairs)}")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -148,8 +148,9 @@ class Loop:
         hold_interrupts()
         try:
             if "warm_start" in self._results:
-                if self._kept != (self._step, self._unfinished is None):
-                    self._save(extra=True)
+                is_finished = self._unfinished is None
+                if self._kept != (self._step, is_finished):
+                    self._save(extra=not (is_finished and self._is_due()))
                 kept = f"checkpoint after update {self._step}: the same command goes on"
                 error.args = (f"{error}; {kept}",)
         except ListopdError as failure:
@@ -196,7 +197,7 @@ class Loop:
         event = self._steering.event(step, metrics["train/lam"])
         if event and self._run.record(event) == "rollback":
             self._take_up(self._run.roll_back(self._learner))
-        elif is_last or _due(step, config.checkpoint.every):
+        elif self._is_due():
             self._save()
 
     def _take_up(self, state: dict[str, Any]) -> None:
@@ -232,6 +233,12 @@ class Loop:
             "steering": self._steering.state(),
             "unfinished": self._unfinished,
         }
+
+    def _is_due(self) -> bool:
+        """A checkpoint of this step, whatever happens."""
+        config, step = self._config, self._step
+        is_last = step == config.num_steps
+        return step > 0 and (is_last or _due(step, config.checkpoint.every))
 
     def _save(self, *, extra: bool = False) -> None:
         healthy = self._step == 0 and not extra  # others once their rollouts are seen

@@ -15,6 +15,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 import ray
 import torch
 import torch.nn.functional as F
+from ray.exceptions import RayError
 from ray.train import Checkpoint, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_model
 from ray.util.queue import Queue
@@ -127,11 +129,8 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
         bar = progress_bar(f"warm start {role}", model.warmstart.num_steps)
         watcher = threading.Thread(target=_show_progress, args=(progress, bar), daemon=True)
         watcher.start()
-        try:
-            with handlers_kept():
-                result = trainer.fit()
-        except SystemExit:  # so ends Ray Train's handler of Ctrl-C
-            raise KeyboardInterrupt from None
+        with handlers_kept():
+            result = trainer.fit()
         watcher.join(timeout=10)
         bar.close()
         progress.shutdown()
@@ -164,10 +163,11 @@ def _encode(
 
 
 def _show_progress(progress: Queue, bar: tqdm) -> None:
-    while (item := progress.get()) is not None:
-        step, loss = item
-        bar.update(step - bar.n)
-        bar.set_postfix(refresh=False, loss=f"{loss:.3f}")
+    with suppress(RayError):  # the command was ended
+        while (item := progress.get()) is not None:
+            step, loss = item
+            bar.update(step - bar.n)
+            bar.set_postfix(refresh=False, loss=f"{loss:.3f}")
 
 
 def _worker(arguments: dict[str, Any]) -> None:

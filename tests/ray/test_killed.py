@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from listopd_ray.tracking import Run, read_jsonl
 from runs import check_equal
 
 ROUNDS = int(os.environ.get("LISTOPD_CHAOS_ROUNDS", "1"))
+SEED = int(os.environ.get("LISTOPD_CHAOS_SEED", "0"))
 
 # `listopd train` that sends itself a signal before the n-th call of a function.
 SCRIPT = """
@@ -124,6 +126,8 @@ def test_a_run_whose_process_is_killed_and_then_terminated_equals_the_undisturbe
     directory = Path(config.out) / config.name
     # The second checkpoint: one is there already.
     owner, verb, number = PLACES[place] if place != "checkpoint" else (Checkpoints, "_move", 3)
+    if place != "checkpoint":
+        number = random.Random(f"{SEED}-{place}").randint(2, 8)
     done = train(config, tmp_path, owner.__module__, owner.__name__, verb, str(number))
     assert done.returncode == -signal.SIGKILL, done.stderr
     if place == "checkpoint":

@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    GetTimeoutError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayTaskError,
+)
 
-from listopd_ray import supervision, team
+from listopd_ray import cluster, supervision, team
 from listopd_ray.config import FaultsConfig
 from listopd_ray.supervision import ActorLost, Faults, Interrupted, LearnerLost, LimitReached
-from listopd_ray.team import Team, Work
+from listopd_ray.team import Team, Work, why_lost
+from listopd_ray.types import ListopdError
 
 
 class Remote:
@@ -138,3 +145,31 @@ def test_actors_that_are_shared_are_not_replaced(killed: list[str]) -> None:
     with pytest.raises(ActorLost, match="rollout 0: died"):
         members.results([start(members)])
     assert killed == []
+
+
+def test_a_worker_that_ran_out_of_memory_is_told_from_others() -> None:
+    # As Ray's memory monitor says it (2.60), before a page of figures.
+    text = "1 worker(s) were killed due to the node running low on memory. Memory on the node was"
+    assert why_lost(OutOfMemoryError(text)) == "died: its machine was out of memory"
+    assert why_lost(GetTimeoutError("no answer in 5 s")) == "hung: no answer in 5 s"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n"),
+        ConnectionError("Could not find any running Ray instance.\nPlease specify"),
+        OSError("[Errno 98] Address already in use"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_or_started_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", init)
+    with pytest.raises(ListopdError) as raised, cluster.ray_session():
+        pass
+    assert str(raised.value) == f"Ray did not start: {' '.join(str(error).split())}"

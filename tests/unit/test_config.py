@@ -169,6 +169,11 @@ def test_a_value_out_of_range_is_named_with_its_key(arguments):
         "learner.max_grad_norm=0",
         "lam_schedule.final=-1",
         "lr=.inf",
+        "rollout.num_cpus=-1",
+        "scoring.num_cpus=nan",
+        "learner.num_gpus=.inf",
+        "num_steps=99999999999999999999999",
+        "name=" + "x" * 201,
     ],
 )
 def test_a_value_that_could_only_fail_later_is_refused_at_once(argument):

@@ -106,6 +106,13 @@ def test_handlers_that_are_set_survive_whoever_leaves_others_behind():
             signal.signal(signum, handler)
 
 
+@pytest.mark.parametrize(("code", "signum"), [(15, signal.SIGTERM), (0, signal.SIGINT)])
+def test_handlers_that_end_the_process_silently_do_not(code, signum):
+    with pytest.raises(Interrupted) as raised, handlers_kept():
+        raise SystemExit(code)  # as Ray's and Ray Train's do
+    assert raised.value.signum == signum
+
+
 def test_signals_are_left_alone_outside_the_main_thread():
     before = signal.getsignal(signal.SIGTERM)
     seen = []

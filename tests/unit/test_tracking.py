@@ -1,13 +1,28 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from listopd_ray import tracking
-from listopd_ray.config import Config, load_config
-from listopd_ray.tracking import Run, append_rows, lock_directory, replace_file
+from listopd_ray.config import (
+    CheckpointConfig,
+    Config,
+    TrackingConfig,
+    dump_config,
+    load_config,
+)
+from listopd_ray.job_config import SearchConfig, SearchSection
+from listopd_ray.tracking import (
+    Run,
+    append_rows,
+    check_startable,
+    check_unchanged,
+    lock_directory,
+    replace_file,
+)
 from listopd_ray.types import ListopdError
 
 
@@ -59,3 +74,35 @@ def test_another_process_that_writes_a_run_is_waited_for_and_then_named(tmp_path
             again.__enter__()
     with lock_directory(tmp_path):  # and is free again
         pass
+
+
+def test_a_key_more_or_less_is_another_configuration(tmp_path):
+    section = SearchSection(algorithm="grid", space={"lr": {"grid_search": [1e-3]}})
+    config = SearchConfig(name="run", out=str(tmp_path), search=section)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    check_unchanged(config)
+    more = {"lr": {"grid_search": [1e-3]}, "clip": {"choice": [2.0]}}
+    for space, key in ((more, r"search\.space\.clip"), ({}, r"search\.space\.lr")):
+        changed = replace(config, search=replace(section, space=space))
+        with pytest.raises(ListopdError, match=rf"begun with another configuration: .*{key}"):
+            check_unchanged(changed)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{", "{}"])
+def test_damaged_inputs_are_one_line_and_stay(tmp_path, content):
+    config = Config(name="run", out=str(tmp_path), tracking=TrackingConfig(wandb=False))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "inputs.json").write_text(content)
+    with pytest.raises(ListopdError, match=r"inputs\.json|begun on other data"):
+        Run(config, {"data": "a"})
+    assert (tmp_path / "run" / "inputs.json").read_text() == content
+
+
+def test_a_checkpoint_path_that_cannot_be_made_is_refused_before_anything_is(tmp_path):
+    (tmp_path / "file").write_text("")
+    checkpoint = CheckpointConfig(path=str(tmp_path / "file" / "x"))
+    config = Config(name="run", out=str(tmp_path / "runs"), checkpoint=checkpoint)
+    with pytest.raises(ListopdError, match="not a directory that can be written to"):
+        check_startable(config)
+    assert not (tmp_path / "runs").exists()

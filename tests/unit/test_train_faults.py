@@ -168,6 +168,20 @@ def test_a_learner_may_die_while_it_recovers(config, start, tmp_path):
     assert len(committed(ledger(broken))) == NUM_STEPS
 
 
+def test_a_run_interrupted_at_any_wait_rolls_back_to_where_the_undisturbed_one_does(
+    collapsing, start, tmp_path
+):
+    checkpoint = dataclasses.replace(collapsing.checkpoint, every=1)
+    config = dataclasses.replace(collapsing, max_staleness=1, checkpoint=checkpoint)
+    whole = start(config, learner=Mortal([], cliff=CLIFF))
+    for at in range(5, whole.workers.waits + 1):
+        broken = dataclasses.replace(config, out=str(tmp_path / f"at-{at}"))
+        with pytest.raises(Interrupted):
+            start(broken, at=at, learner=Mortal([], cliff=CLIFF))
+        assert start(broken, learner=Mortal([], cliff=CLIFF)).learner.theta == whole.learner.theta
+        assert same_files(config, broken), at
+
+
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_a_run_interrupted_at_any_wait_keeps_a_checkpoint_and_goes_on_to_the_same_end(
     config,
