@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import ray
+from equality import check_equal, metrics_of
 
 from listopd_ray.cluster import Cluster
 from listopd_ray.config import Config
@@ -30,7 +31,6 @@ from listopd_ray.prepare import Prepared
 from listopd_ray.supervision import Faults
 from listopd_ray.tracking import Run, read_jsonl
 from listopd_ray.types import ListopdError
-from runs import check_equal, metrics_of
 
 ROUNDS = int(os.environ.get("LISTOPD_CHAOS_ROUNDS", "1"))
 SEED = int(os.environ.get("LISTOPD_CHAOS_SEED", "0"))

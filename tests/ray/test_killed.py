@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import ray
+from equality import check_equal
 
 from listopd_ray.checkpoint import Checkpoints
 from listopd_ray.cluster import Cluster
@@ -22,7 +23,6 @@ from listopd_ray.job import distill
 from listopd_ray.ledger import committed
 from listopd_ray.prepare import Prepared
 from listopd_ray.tracking import Run, read_jsonl
-from runs import check_equal
 
 ROUNDS = int(os.environ.get("LISTOPD_CHAOS_ROUNDS", "1"))
 SEED = int(os.environ.get("LISTOPD_CHAOS_SEED", "0"))

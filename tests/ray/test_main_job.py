@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from equality import check_equal, metrics_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from listopd_ray.cluster import Cluster
@@ -18,7 +19,6 @@ from listopd_ray.prepare import Prepared
 from listopd_ray.rank import RankConfig, rank
 from listopd_ray.tracking import Run
 from listopd_ray.types import ListopdError
-from runs import check_equal, metrics_of
 
 
 def run_again(config: Config, prepared: Prepared, cluster: Cluster, **changes: Any) -> Path:
