@@ -42,6 +42,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
             "num_prompts=8",
             "num_steps=4",
             "lr=3e-3",
+            "student.warmstart.seed=0",  # one warm start for all seeds
+            "teacher.warmstart.seed=0",
             "student.warmstart.num_steps=150",
             "student.warmstart.format_noise=0.02",
             "student.warmstart.batch_size=32",

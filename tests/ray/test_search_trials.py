@@ -37,14 +37,12 @@ def use_shared_slots(shared_slots: Slots, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def real_search(config: Config, name: str, **settings) -> SearchConfig:
-    """Three small updates on one warm start for all seeds."""
+    """Three small updates."""
     changes = {
         "name": name,
         "num_steps": 3,
         "evaluation.every": 0,
         "lr": 3e-4,
-        "student.warmstart.seed": 0,
-        "teacher.warmstart.seed": 0,
     }
     plain = with_values(config, changes)
     return SearchConfig(**vars(plain), search=SearchSection(**settings))
