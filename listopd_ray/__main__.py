@@ -182,16 +182,14 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _dispatch(arguments)
         sys.stdout.flush()  # here a closed pipe can still be handled
-    except Interrupted as error:
+    except (Interrupted, KeyboardInterrupt) as error:
+        if not isinstance(error, Interrupted):
+            error = Interrupted(terminated[0] if terminated else signal.SIGINT)
         print(f"listopd: {error}", file=sys.stderr)
         sys.exit(128 + error.signum)
     except ListopdError as error:
         # Ray wraps what an actor raised together with a remote trace.
         sys.exit(f"listopd: error: {getattr(error, 'cause', error)}")
-    except KeyboardInterrupt:
-        signum = terminated[0] if terminated else signal.SIGINT
-        print(f"listopd: interrupted by {signal.Signals(signum).name}", file=sys.stderr)
-        sys.exit(128 + signum)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -100,7 +100,7 @@ class Checkpoints:
         """The checkpoint after `step` updates, if there is one, is good to roll back to."""
         name = f"step-{step:06d}"
         with writing(self._url()):
-            if name in self._complete() and not self._value(name, "extra"):
+            if name in self._complete() and not self._marks(name).get("extra"):
                 self._write(f"{name}/{HEALTHY}", "")
 
     def restore(self, learner: Saves) -> dict[str, Any] | None:
@@ -164,24 +164,24 @@ class Checkpoints:
 
     def _prune(self) -> None:
         complete = self._complete()
-        regular = [name for name in complete if not self._value(name, "extra")]
+        marks = {name: self._marks(name) for name in complete}
+        regular = [name for name in complete if not marks[name].get("extra")]
         kept = {*complete[-1:], *regular[-self._keep :]}
         kept |= set([name for name in regular if self._is_healthy(name)][-1:])
-        scores = {name: score for name in regular if (score := self._score(name)) is not None}
-        kept |= set(sorted(scores, key=lambda name: scores[name])[-1:])  # the newest of equals
+        scores = {name: marks[name].get("score") for name in regular}
+        finite = {name: s for name, s in scores.items() if s is not None and math.isfinite(s)}
+        best = sorted(finite, key=lambda name: finite[name])
+        kept |= set(best[-1:])  # the newest of equals
         for name in complete:
             if name not in kept:
                 self._remove(name)
         self._point()
 
-    def _score(self, name: str) -> float | None:
-        score = self._value(name, "score")
-        return score if score is not None and math.isfinite(score) else None
-
-    def _value(self, name: str, key: str) -> Any:
-        with suppress(CorruptCheckpoint):  # `restore` will say so
-            return self._manifest(name).get(key)
-        return None
+    def _marks(self, name: str) -> dict[str, Any]:
+        """Its manifest; empty where that is not intact, as `restore` will say."""
+        with suppress(CorruptCheckpoint):
+            return self._manifest(name)
+        return {}
 
     def _is_healthy(self, name: str) -> bool:
         return self._fs.exists(self._path(f"{name}/{HEALTHY}"))

@@ -249,7 +249,6 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-RESOURCES = ("num_cpus", "num_gpus")
 NOT_NEGATIVE = (
     "faults.max_restarts",
     "faults.backoff_s",
@@ -264,7 +263,11 @@ NOT_NEGATIVE = (
     "evaluation.num_samples",
     "checkpoint.every",
     "scoring.support_size",
-    *(f"{role}.{key}" for role in ("rollout", "scoring", "learner") for key in RESOURCES),
+    *(
+        f"{role}.{key}"
+        for role in ("rollout", "scoring", "learner")
+        for key in ("num_cpus", "num_gpus")
+    ),
     *(
         f"{role}.warmstart.{key}"
         for role in ("student", "teacher")
@@ -434,7 +437,7 @@ def _validate(config: Config) -> None:
 
 def describe_keys(schema: type) -> list[tuple[str, str, str]]:
     """(key, default, comment) of every key of a config class; comments are this very source's."""
-    return list(_describe(OmegaConf.structured(schema), prefix=""))
+    return list(_describe(_defaults(schema), prefix=""))
 
 
 def _describe(section: DictConfig, prefix: str) -> Iterator[tuple[str, str, str]]:

@@ -150,7 +150,8 @@ class Loop:
             if "warm_start" in self._results:
                 is_finished = self._unfinished is None
                 if self._kept != (self._step, is_finished):
-                    self._save(extra=not (is_finished and self._is_due()))
+                    is_due = is_finished and self._is_due(self._config.checkpoint.every)
+                    self._save(extra=not is_due)
                 kept = f"checkpoint after update {self._step}: the same command goes on"
                 error.args = (f"{error}; {kept}",)
         except ListopdError as failure:
@@ -183,8 +184,7 @@ class Loop:
         now = time.perf_counter()
         metrics |= {"time/sync_s": now - start, "time/step_s": now - self._start}
         metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
-        is_last = step == config.num_steps
-        if is_last or _due(step, config.evaluation.every):
+        if self._is_due(config.evaluation.every):
             self._results["student"], evaluated = self._assess()
             metrics |= evaluated
             self._score = evaluated.get("eval/ndcg_at_k_all")  # None: nothing has relevance
@@ -197,7 +197,7 @@ class Loop:
         event = self._steering.event(step, metrics["train/lam"])
         if event and self._run.record(event) == "rollback":
             self._take_up(self._run.roll_back(self._learner))
-        elif self._is_due():
+        elif self._is_due(config.checkpoint.every):
             self._save()
 
     def _take_up(self, state: dict[str, Any]) -> None:
@@ -234,11 +234,10 @@ class Loop:
             "unfinished": self._unfinished,
         }
 
-    def _is_due(self) -> bool:
-        """A checkpoint of this step, whatever happens."""
-        config, step = self._config, self._step
-        is_last = step == config.num_steps
-        return step > 0 and (is_last or _due(step, config.checkpoint.every))
+    def _is_due(self, every: int) -> bool:
+        """After this update, whatever happens: what comes after `every` updates and the last."""
+        step = self._step
+        return step > 0 and (step == self._config.num_steps or (every > 0 and step % every == 0))
 
     def _save(self, *, extra: bool = False) -> None:
         healthy = self._step == 0 and not extra  # others once their rollouts are seen
@@ -354,7 +353,3 @@ def show_progress(bar: tqdm, metrics: dict[str, float]) -> None:
         stale=f"{metrics['rollout/staleness']:.0f}",
         tok_s=f"{metrics['perf/tokens_per_s']:.0f}",
     )
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

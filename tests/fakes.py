@@ -136,11 +136,15 @@ class FakeLearner:
         self._events = events
         self._fail_at = fail_at  # update in which the process ends
         self._cliff = cliff
-        self.theta = 0.0
-        self.completions = [0, 1, 2, 3] if cliff is None else [0, 1]  # of `FakeWorkers`
-        self.policy_version = 0
+        self.begin_again()
         self.batches = []  # prompt ids of each update
         self.staleness = []  # of each update, one set
+
+    def begin_again(self):
+        """At the warm start."""
+        self.theta = 0.0
+        self.completions = [0, 1, 2, 3] if self._cliff is None else [0, 1]  # of `FakeWorkers`
+        self.policy_version = 0
 
     def step(self, scored, lam, lr):
         if self.policy_version == self._fail_at:

@@ -124,9 +124,10 @@ def test_a_run_whose_process_is_killed_and_then_terminated_equals_the_undisturbe
 ) -> None:
     config = dataclasses.replace(small, name=f"killed-{place}")
     directory = Path(config.out) / config.name
-    # The second checkpoint: one is there already.
-    owner, verb, number = PLACES[place] if place != "checkpoint" else (Checkpoints, "_move", 3)
-    if place != "checkpoint":
+    if place == "checkpoint":
+        owner, verb, number = Checkpoints, "_move", 3  # of the second: one is there already
+    else:
+        owner, verb, _ = PLACES[place]
         number = random.Random(f"{SEED}-{place}").randint(2, 8)
     done = train(config, tmp_path, owner.__module__, owner.__name__, verb, str(number))
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -43,8 +43,7 @@ class Mortal(FakeLearner):
     def restart(self, why):
         assert isinstance(why, LearnerLost)
         self.restarts += 1
-        self.theta, self.policy_version = 0.0, 0
-        self.completions = [0, 1, 2, 3] if self._cliff is None else [0, 1]
+        self.begin_again()
 
     def _mortal(self, verb, *arguments):
         self.calls[verb] = n = self.calls.get(verb, 0) + 1
