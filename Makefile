@@ -21,11 +21,11 @@ demo: $(STAMP)  ## the main job on two CPU cores: warm starts, then λ = 1, 2 an
 	$(BIN)/listopd data synthetic out=data/synthetic
 	$(BIN)/listopd demo conf/demo.yaml
 
-test: $(STAMP)  ## all tests: unit, then real Ray and real engines
-	$(BIN)/python -m pytest tests
+test: unit  ## all tests: unit, then real Ray and real engines
+	$(BIN)/python -m pytest tests/ray
 
-unit: $(STAMP)  ## the tests without Ray and engines, in seconds
-	$(BIN)/python -m pytest tests/unit
+unit: $(STAMP)  ## the tests without Ray and engines, side by side
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 tests/unit
 
 chaos: $(STAMP)  ## kill every role of a real run, 20 rounds at random moments
 	LISTOPD_CHAOS_ROUNDS=4 $(BIN)/python -m pytest tests/ray/test_faults.py tests/ray/test_killed.py
