@@ -15,6 +15,7 @@ from listopd_ray.config import Config, describe_keys, load_config
 from listopd_ray.job_config import CalibrateConfig, SearchConfig, StudyConfig
 from listopd_ray.label import LabelConfig, label_command
 from listopd_ray.rank import RankConfig
+from listopd_ray.redact import redacted_text
 from listopd_ray.supervision import Interrupted
 from listopd_ray.task.amazon import AmazonConfig, write_amazon
 from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic
@@ -110,7 +111,8 @@ COMMANDS = {
         "distil one student on-policy; makes the warm starts it needs",
         Config,
         _train,
-        details="Writes <out>/<name>/; the same command again continues an interrupted run.",
+        details="Writes <out>/<name>/; the same command again continues an interrupted run,\n"
+        "and shows the table of a finished one.",
     ),
     "calibrate": Command(
         "measure teacher and warm start, and predict λ* before any training",
@@ -185,11 +187,11 @@ def main(arguments: list[str] | None = None) -> None:
     except (Interrupted, KeyboardInterrupt) as error:
         if not isinstance(error, Interrupted):
             error = Interrupted(terminated[0] if terminated else signal.SIGINT)
-        print(f"listopd: {error}", file=sys.stderr)
+        print(redacted_text(f"listopd: {error}"), file=sys.stderr)
         sys.exit(128 + error.signum)
     except ListopdError as error:
         # Ray wraps what an actor raised together with a remote trace.
-        sys.exit(f"listopd: error: {getattr(error, 'cause', error)}")
+        sys.exit(redacted_text(f"listopd: error: {getattr(error, 'cause', error)}"))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -27,6 +27,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 
+from listopd_ray.redact import redacted_text
 from listopd_ray.types import ListopdError, last_line
 
 MANIFEST = "manifest.json"
@@ -78,6 +79,11 @@ class Checkpoints:
             self._fs.rm(self._path(remains), recursive=True)
         try:
             files = learner.save(self._url(partial))
+            if not all(self._fs.exists(self._path(f"{partial}/{name}")) for name in files):
+                raise ListopdError(
+                    f"{self._url()}: not shared: what the learner's machine writes there is not on "
+                    "the driver's; give checkpoint.path=… on storage that all machines see"
+                )
             with writing(self._url(partial)):
                 text = json.dumps({"step": step, **state}, indent=1)
                 files["state.json"] = _digest_of(text.encode())
@@ -118,7 +124,7 @@ class Checkpoints:
                 corrupt[name] = error
                 continue
             for later, reason in corrupt.items():
-                print(f"{last_line(reason)}; going on from {name}", file=sys.stderr)
+                print(redacted_text(f"{last_line(reason)}; going on from {name}"), file=sys.stderr)
                 self._remove(later)
             if corrupt:
                 self._point()

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from listopd_ray.config import Config
 from listopd_ray.handles import LearnerHandle, StartFailed, TeacherPool, Workers
+from listopd_ray.model_files import model_files
+from listopd_ray.placement import bundles_of, reserve, teacher_bundles
 from listopd_ray.roles.learner import Learner
 from listopd_ray.roles.rollout import RolloutWorker
 from listopd_ray.roles.teacher import Teacher
@@ -79,7 +81,7 @@ class Cluster:
         max_new_tokens: int,
         supervised: bool = True,
     ) -> None:
-        self._group = _reserve(bundles_of(config, with_teachers=teacher_path is not None))
+        self._group = reserve(config, bundles_of(config, with_teachers=teacher_path is not None))
         self._supervised = supervised
         self.faults = Faults(config.faults)
         self._learner: Any = None
@@ -88,7 +90,7 @@ class Cluster:
         def start_worker(index: int) -> Any:
             return _spawn(RolloutWorker, self._group, 1 + index, _vllm_env(config)).remote(
                 rollout,
-                model_path=str(student_path.absolute()),
+                model_path=model_files(student_path),
                 dtype=config.learner.dtype,
                 device=config.device,
                 end_ids=end_ids,
@@ -116,7 +118,7 @@ class Cluster:
         def start() -> Any:
             self.stop_learner()
             self._learner = _spawn(Learner, self._group, 0, _TORCH_ENV).remote(
-                config, student_path=str(student_path.absolute()), canary_ids=canary_ids
+                config, student_path=model_files(student_path), canary_ids=canary_ids
             )
             _wait([self._learner.__ray_ready__.remote()], "learner")
             return self._learner
@@ -147,7 +149,7 @@ class SharedTeachers:
 
     def __init__(self, config: Config, teacher_path: Path, num_bases: int) -> None:
         """`num_bases` runs with bases of their own may use them at once."""
-        self._group = _reserve(teacher_bundles(config))
+        self._group = reserve(config, teacher_bundles(config))
         self._actors = [
             _spawn_teacher(config, teacher_path, self._group, index, num_bases)
             for index in range(config.scoring.num_actors)
@@ -179,7 +181,7 @@ def _spawn_teacher(
 ) -> Any:
     return _spawn(Teacher, group, bundle, _TORCH_ENV).remote(
         config.scoring,
-        teacher_path=str(teacher_path.absolute()),
+        teacher_path=model_files(teacher_path),
         dtype=config.learner.dtype,
         device=config.device,
         num_bases=num_bases,
@@ -204,42 +206,6 @@ def serve(config: Config, **arguments: Any) -> Iterator[Workers]:
         cluster.wait_until_ready()
         cluster.workers.use_checkpoint()
         yield cluster.workers
-
-
-def bundles_of(config: Config, *, with_teachers: bool = True) -> list[dict[str, float]]:
-    """Resources of a placement group: the learner, then rollout workers, then teachers."""
-    rollout, learner = config.rollout, config.learner
-    bundles = [_bundle(learner.num_cpus, learner.num_gpus)]
-    bundles += [_bundle(rollout.num_cpus, rollout.num_gpus)] * rollout.num_workers
-    return bundles + (teacher_bundles(config) if with_teachers else [])
-
-
-def teacher_bundles(config: Config) -> list[dict[str, float]]:
-    scoring = config.scoring
-    return [_bundle(scoring.num_cpus, scoring.num_gpus)] * scoring.num_actors
-
-
-def _bundle(num_cpus: float, num_gpus: float) -> dict[str, float]:
-    return {"CPU": num_cpus, **({"GPU": num_gpus} if num_gpus else {})}
-
-
-def check_resources(what: str, bundles: list[dict[str, float]]) -> None:
-    """Raises ListopdError where the cluster is too small: Ray itself would wait for ever."""
-    have = ray.cluster_resources()
-    for resource in ("CPU", "GPU"):
-        need = sum(bundle.get(resource, 0) for bundle in bundles)
-        if need > have.get(resource, 0):
-            raise ListopdError(
-                f"{what} needs {need:g} {resource} but the Ray cluster has "
-                f"{have.get(resource, 0):g}"
-            )
-
-
-def _reserve(bundles: list[dict[str, float]]) -> PlacementGroup:
-    check_resources("the run (rollout, scoring, learner)", bundles)
-    group = placement_group(bundles, strategy="PACK")
-    _wait([group.ready()], "placement group")
-    return group
 
 
 def _wait(references: list[Any], what: str) -> None:

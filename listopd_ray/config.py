@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from listopd_ray.redact import redacted
 from listopd_ray.types import ListopdError
 
 T = TypeVar("T")
@@ -113,6 +114,7 @@ class RolloutConfig:
     num_workers: int = 1  # vLLM engines
     num_cpus: float = 0.5  # each worker
     num_gpus: float = 0.0  # each actor
+    labels: dict[str, str] = field(default_factory=dict)  # of the machines it may be on
     max_new_tokens: int | None = None  # null: the longest correct answer in the data plus 8
     max_num_seqs: int = 64  # samples decoded at once
     kv_cache_mib: int = 64  # each engine
@@ -125,6 +127,7 @@ class TeacherActorConfig:
     num_actors: int = 1  # teacher actors, each with teacher and base
     num_cpus: float = 0.5  # each actor
     num_gpus: float = 0.0  # each actor
+    labels: dict[str, str] = field(default_factory=dict)  # of the machines it may be on
     micro_batch_size: int = 64  # sequences at once
     support_size: int = 0  # S: also return the teacher's S most likely tokens
     temperature: float = 1.0  # of the teacher that scores: < 1 sharper, > 1 flatter
@@ -135,7 +138,8 @@ class TeacherActorConfig:
 @dataclass(frozen=True)
 class LearnerConfig:
     num_cpus: float = 1.0  # of the one learner
-    num_gpus: float = 0.0  # each actor
+    num_gpus: float = 0.0  # of the one learner
+    labels: dict[str, str] = field(default_factory=dict)  # of the machines it may be on
     dtype: Literal["float32", "bfloat16"] = "float32"  # of every role
     micro_batch_size: int = 64  # sequences at once
     beta1: float = 0.9  # AdamW
@@ -213,6 +217,7 @@ class Config:
     cache: str = "cache"  # warm starts and teacher evaluations, by content hash
     seed: int = 0  # warm start, prompt order, sampling
     device: Literal["cpu", "cuda"] = "cpu"  # cpu | cuda
+    autoscaling_wait_s: float = 0.0  # s to wait for machines; 0: the cluster is as large as it is
 
     lam: int | float | str = 1.0  # λ; auto: as high as the governor allows
     lam_schedule: Schedule = field(default_factory=lambda: Schedule(initial=1.0, final=1.0))
@@ -250,6 +255,7 @@ class Config:
 
 
 NOT_NEGATIVE = (
+    "autoscaling_wait_s",
     "faults.max_restarts",
     "faults.backoff_s",
     "alarm.max_rollbacks",
@@ -337,8 +343,8 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def dump_config(config: Any) -> str:
-    """The resolved configuration as YAML; `load_config` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The resolved configuration as YAML, without secrets; `load_config` reads it back."""
+    return OmegaConf.to_yaml(redacted(OmegaConf.to_container(OmegaConf.structured(config))))
 
 
 def run_directory(config: Config) -> Path:
@@ -372,7 +378,7 @@ def _first_line(error: OmegaConfBaseException) -> str:
 
 
 def _validate(config: Config) -> None:
-    def require(holds: bool, key: str, rule: str) -> None:
+    def require(holds: object, key: str, rule: str) -> None:
         if not holds:
             raise ListopdError(f"{key}: {rule}")
 
@@ -412,6 +418,17 @@ def _validate(config: Config) -> None:
         require(valid, key, "must be finite and ≥ 0")
     require(config.seed < 1 << 63, "seed", "must be < 2^63")
     require(config.num_steps < 10**9, "num_steps", "must be < 10^9")
+    unsafe = {"trust_remote_code": (False,), "load_format": ("safetensors", "dummy")}
+    for key, allowed in unsafe.items():
+        value = config.rollout.engine.get(key, allowed[0])
+        rule = "no code and no pickles from checkpoints"
+        require(value in allowed, f"rollout.engine.{key}", rule)
+    for role in ("rollout", "scoring", "learner"):
+        section = getattr(config, role)
+        require(section.num_cpus or section.num_gpus, f"{role}.num_cpus", "or num_gpus must be > 0")
+        for key, label in section.labels.items():
+            is_plain = re.fullmatch(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", label)
+            require(is_plain, f"{role}.labels.{key}", "must be a plain label value")
     grammar_without_vllm = config.rollout.grammar and config.rollout.backend != "vllm"
     require(not grammar_without_vllm, "rollout.grammar", "needs rollout.backend=vllm")
     timeout = config.faults.timeout_s
@@ -430,9 +447,9 @@ def _validate(config: Config) -> None:
         noise = model.warmstart.format_noise
         require(0 <= noise < 1, f"{role}.warmstart.format_noise", "must lie in [0, 1)")
         require(model.hidden_size % 32 == 0, f"{role}.hidden_size", "must be a multiple of 32")
-    is_plain = "/" not in config.name and config.name not in ("", ".", "..")
-    is_plain = is_plain and config.name.isprintable() and len(config.name.encode()) <= 200
-    require(is_plain, "name", "must be a plain name of at most 200 bytes")
+    named = "/" not in config.name and config.name not in ("", ".", "..")
+    named = named and config.name.isprintable() and len(config.name.encode()) <= 200
+    require(named, "name", "must be a plain name of at most 200 bytes")
 
 
 def describe_keys(schema: type) -> list[tuple[str, str, str]]:

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import ray
 
-from listopd_ray.checkpoint import Files
+from listopd_ray.checkpoint import Files, writing
+from listopd_ray.model_files import ModelFiles, model_files
+from listopd_ray.models import write_files
 from listopd_ray.roles.rollout import Generated, Request
 from listopd_ray.roles.teacher import Scored
 from listopd_ray.supervision import Faults, LearnerLost
@@ -82,13 +84,13 @@ class Workers:
 class TeacherPool:
     """The teacher actors as one."""
 
-    def __init__(self, team: Team, base: str | None = None) -> None:
+    def __init__(self, team: Team, base: ModelFiles | None = None) -> None:
         self._team = team
         self._base = base
 
     def with_base(self, base_path: Path | None) -> TeacherPool:
         """The same actors, for a run with this base (None: none)."""
-        return TeacherPool(self._team, str(base_path.absolute()) if base_path else None)
+        return TeacherPool(self._team, model_files(base_path) if base_path else None)
 
     def score(self, generated: Sequence[Generated]) -> list[Work]:
         """Start scoring, each on one of the actors."""
@@ -105,10 +107,10 @@ class TeacherPool:
 
     def score_with(self, model_path: Path, generated: Sequence[Generated]) -> list[Scored]:
         """Scores by every actor with another checkpoint in the teacher's place."""
-        path = str(model_path.absolute())
+        model = model_files(model_path)
 
         def start(index: int, part: Generated) -> Work:
-            return self._team.start(index, lambda a, _: a.score_with.remote(path, part))
+            return self._team.start(index, lambda a, _: a.score_with.remote(model, part))
 
         indices = range(len(self._team.actors))
         return self.fetch([start(index, part) for index in indices for part in generated])
@@ -152,7 +154,10 @@ class LearnerHandle:
         self._wait(self._actor.restore.remote(url, files))
 
     def export(self, directory: Path) -> None:
-        self._wait(self._actor.export.remote(str(directory.absolute())))
+        """Write the student as a Hugging Face directory of this machine."""
+        files = self._wait(self._actor.exported.remote())
+        with writing(str(directory)):
+            write_files(directory, files)
 
     def restart(self, why: Exception) -> None:
         """Another actor in the place of one that was lost; raises `why` where nobody may."""

@@ -28,7 +28,7 @@ from listopd_ray.steering import check_prediction, read_prediction
 from listopd_ray.supervision import LearnerLost
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import dataset_hash
-from listopd_ray.tracking import Run, check_startable, check_unchanged, replace_file
+from listopd_ray.tracking import Run, check_startable, check_unchanged, read_json, replace_file
 from listopd_ray.train import Loop
 from listopd_ray.types import ListopdError
 
@@ -45,14 +45,17 @@ TABLE_COLUMNS = {
 
 
 def train_job(config: Config) -> dict[str, Any]:
-    """One run from data to exported student; returns its summary."""
-    check_startable(config)  # before minutes go into warm starts
-    if config.prediction:
-        read_prediction(config)
-    prepared = prepare(config)
-    with launch(config, **prepared.cluster_arguments()) as cluster:
-        cluster.wait_until_ready()
-        summary = distill(config, prepared, cluster)
+    """One run from data to exported student; returns its summary, at once if it is finished."""
+    if _summary_file(config).exists():
+        summary = finished_summary(config)
+    else:
+        check_startable(config)  # before minutes go into warm starts
+        if config.prediction:
+            read_prediction(config)
+        prepared = prepare(config)
+        with launch(config, **prepared.cluster_arguments()) as cluster:
+            cluster.wait_until_ready()
+            summary = distill(config, prepared, cluster)
     print_table({config.name: [summary]})
     print(f"run: {run_directory(config)}")
     return summary
@@ -80,16 +83,22 @@ def demo_job(config: Config) -> None:
         if unfinished:
             _run_group(common, unfinished)
         for name, run_config in configs.items():
-            check_unchanged(run_config)
-            summary = json.loads(_summary_file(run_config).read_text())
-            if summary["hashes"]["data"] != dataset_hash(data_directory(config)):
-                raise ListopdError(
-                    f"{run_directory(run_config)}: made from other data than {config.data.path} "
-                    "holds now; give another name=… or remove it"
-                )
-            summaries[name].append(summary)
+            summaries[name].append(finished_summary(run_config))
     print_table(summaries)
     print(f"runs: {', '.join(str(run_directory(c)) for c in configs.values())}")
+
+
+def finished_summary(config: Config) -> dict[str, Any]:
+    """Of a run that is finished; raises ListopdError where it was another, or on other data."""
+    check_unchanged(config)
+    file = _summary_file(config)
+    summary = read_json(file, str(file))
+    if summary["hashes"]["data"] != dataset_hash(data_directory(config)):
+        raise ListopdError(
+            f"{run_directory(config)}: made from other data than {config.data.path} holds now; "
+            "give another name=… or remove it"
+        )
+    return summary
 
 
 def evaluate_job(model: str, config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from listopd_ray.config import ModelConfig
 from listopd_ray.task.contract import chat_messages, prompt_text
-from listopd_ray.types import Example, ListopdError
+from listopd_ray.types import Example, ListopdError, StrPath
 
 transformers_logging.disable_progress_bar()  # one file each: the bars flash by and say nothing
 
@@ -87,12 +88,12 @@ def make_model(
     return model
 
 
-def load_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+def load_model(path: StrPath, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
     """A causal language model from a local directory (safetensors only, no remote code).
 
     Raises ListopdError for a directory that does not hold one.
     """
-    _check_directory(path)
+    path = _checked(path)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
@@ -115,15 +116,15 @@ def load_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu")
     return model.to(device)
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    _check_directory(path)
+def load_tokenizer(path: StrPath) -> PreTrainedTokenizerFast:
+    path = _checked(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ListopdError(f"{path}: no usable tokenizer: {_one_line(error)}") from None
 
 
-def end_ids(path: str | Path, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+def end_ids(path: StrPath, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """Token ids that end a completion: the checkpoint's generation config, else its tokenizer."""
     file = Path(path) / "generation_config.json"
     ids = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
@@ -173,6 +174,17 @@ def model_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def read_files(directory: str) -> dict[str, bytes]:
+    """A saved model on its way to another machine."""
+    return {file.name: file.read_bytes() for file in Path(directory).iterdir()}
+
+
+def write_files(directory: Path, files: dict[str, bytes]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+
+
 def _tokenizer_fingerprint(path: Path) -> str:
     tokenizer = load_tokenizer(path)
     num_embeddings = json.loads(Path(path, "config.json").read_text()).get("vocab_size")
@@ -186,9 +198,11 @@ def _tokenizer_fingerprint(path: Path) -> str:
     return hashlib.sha256(json.dumps([content, end_ids(path, tokenizer)]).encode()).hexdigest()
 
 
-def _check_directory(path: str | Path) -> None:
+def _checked(path: StrPath) -> str:
+    path = os.fspath(path)
     if not Path(path, "config.json").is_file():
         raise ListopdError(f"{path}: not a checkpoint directory (no config.json)")
+    return path
 
 
 def _one_line(error: Exception) -> str:

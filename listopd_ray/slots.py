@@ -21,15 +21,11 @@ import numpy as np
 import ray
 from ray.util import ActorPool
 
-from listopd_ray.cluster import (
-    Cluster,
-    SharedTeachers,
-    bundles_of,
-    check_resources,
-    teacher_bundles,
-)
+from listopd_ray.cluster import Cluster, SharedTeachers
 from listopd_ray.config import Config, needs_base
 from listopd_ray.handles import LearnerHandle, TeacherPool, Workers
+from listopd_ray.model_files import beside_driver
+from listopd_ray.placement import bundles_of, check_room, teacher_bundles
 from listopd_ray.prepare import Prepared, prepare
 from listopd_ray.supervision import Faults
 from listopd_ray.types import ListopdError, last_line
@@ -59,10 +55,17 @@ class Slots:
     def __init__(self, config: Config, num_slots: int) -> None:
         """`config` says how large a slot is; raises ListopdError where they do not all fit."""
         bundles = bundles_of(config, with_teachers=False) * num_slots + teacher_bundles(config)
-        check_resources(f"{num_slots} slots", bundles)
+        check_room(config, f"{num_slots} slots", bundles)
         # Leases may wait while others are given back.
-        options = dict(num_cpus=0, max_concurrency=2 * num_slots + 2)
-        self.keeper = ray.remote(SlotKeeper).options(**options).remote(num_slots)
+        self.keeper = (
+            ray.remote(SlotKeeper)
+            .options(
+                num_cpus=0,
+                max_concurrency=2 * num_slots + 2,
+                scheduling_strategy=beside_driver(),
+            )
+            .remote(num_slots)
+        )
         self._num_slots = num_slots
 
     def __enter__(self) -> Slots:
@@ -89,7 +92,7 @@ class Slots:
     @cached_property
     def _runners(self) -> list[Any]:
         """As many as slots; they keep a seed's inputs from call to call."""
-        runner = ray.remote(Runner).options(num_cpus=0)
+        runner = ray.remote(Runner).options(num_cpus=0, scheduling_strategy=beside_driver())
         return [runner.remote(self.keeper) for _ in range(self._num_slots)]
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from listopd_ray.checkpoint import Checkpoints, Saves, sync, writing
 from listopd_ray.config import Config, dump_config, load_config, run_directory
+from listopd_ray.redact import redacted, redacted_text
 from listopd_ray.types import Judged, ListopdError
 
 TIMING = ("time/", "perf/", "fault/")  # the only metrics in which two equal runs may differ
@@ -221,16 +222,21 @@ def _start_wandb(config: Config, directory: Path) -> Any:
         "online" if os.environ.get("WANDB_API_KEY") else "offline"
     )
     identity = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:12]
-    run = wandb.init(
-        project=config.tracking.project,
-        name=config.name,
-        id=identity,  # a resumed run goes on in the same place
-        resume="allow",
-        dir=str(directory),
-        mode=mode,  # type: ignore[arg-type]
-        config=json.loads(json.dumps(_nested(config))),
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+    arguments = sys.argv  # W&B keeps them
+    sys.argv = list(map(redacted_text, arguments))
+    try:
+        run = wandb.init(
+            project=config.tracking.project,
+            name=config.name,
+            id=identity,  # a resumed run goes on in the same place
+            resume="allow",
+            dir=str(directory),
+            mode=mode,  # type: ignore[arg-type]
+            config=json.loads(json.dumps(_nested(config))),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    finally:
+        sys.argv = arguments
     run.define_metric("*", step_metric="train/step")
     return run
 
@@ -238,7 +244,7 @@ def _start_wandb(config: Config, directory: Path) -> Any:
 def _nested(config: Config) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+    return redacted(OmegaConf.to_container(OmegaConf.structured(config)))
 
 
 def check_unchanged(config: Config, but_for: Sequence[str] = ()) -> None:

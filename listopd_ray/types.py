@@ -7,6 +7,7 @@ and all completion tokens before it.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal
@@ -14,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 FinishReason = Literal["stop", "length"]
+StrPath = str | os.PathLike[str]
 
 
 class ListopdError(Exception):

@@ -24,14 +24,15 @@ import ray
 import torch
 import torch.nn.functional as F
 from ray.exceptions import RayError
-from ray.train import Checkpoint, RunConfig, ScalingConfig
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_model
 from ray.util.queue import Queue
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from listopd_ray.cluster import check_resources, ray_session
+from listopd_ray.cluster import ray_session
 from listopd_ray.config import Config, ModelConfig, WarmstartConfig
+from listopd_ray.model_files import model_files
 from listopd_ray.models import (
     build_tokenizer,
     encode_prompt,
@@ -39,7 +40,10 @@ from listopd_ray.models import (
     load_tokenizer,
     make_model,
     model_hash,
+    read_files,
+    write_files,
 )
+from listopd_ray.placement import Bundle, check_room
 from listopd_ray.splits import answer_ids, data_directory
 from listopd_ray.supervision import handlers_kept
 from listopd_ray.task.contract import answer_text, ideal_ranking, prompt_text
@@ -105,19 +109,18 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
         initial = load_model(model.path) if model.path else make_model(model, tokenizer, seed)
         initial.save_pretrained(start)
         tokenizer.save_pretrained(start)
-        check_resources(
-            f"warmstart_workers={config.warmstart_workers}",
-            [{"CPU": 1, "GPU": float(config.device == "cuda")}] * config.warmstart_workers,
-        )
-        progress = Queue(actor_options={"num_cpus": 0})
+        worker = Bundle("warm start", {"CPU": 1.0, "GPU": float(config.device == "cuda")})
+        workers = f"warmstart_workers={config.warmstart_workers}"
+        check_room(config, workers, [worker] * config.warmstart_workers)
+        results = Queue(actor_options={"num_cpus": 0})
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
-                "start": str(start.absolute()),
+                "start": model_files(start),
                 "warmstart": model.warmstart,
                 "seed": seed,
                 "sequences": ray.put(sequences),
-                "progress": progress,
+                "results": results,
             },
             scaling_config=ScalingConfig(
                 num_workers=config.warmstart_workers,
@@ -127,16 +130,16 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
             run_config=RunConfig(name=role, storage_path=str(Path(scratch, "ray").absolute())),
         )
         bar = progress_bar(f"warm start {role}", model.warmstart.num_steps)
-        watcher = threading.Thread(target=_show_progress, args=(progress, bar), daemon=True)
+        trained: dict[str, bytes] = {}
+        watcher = threading.Thread(target=_receive, args=(results, bar, trained), daemon=True)
         watcher.start()
         with handlers_kept():
-            result = trainer.fit()
-        watcher.join(timeout=10)
+            trainer.fit()
+        watcher.join()
         bar.close()
-        progress.shutdown()
+        results.shutdown()
         finished = Path(scratch) / "finished"
-        assert result.checkpoint is not None  # rank 0 reports one as its last act
-        result.checkpoint.to_directory(finished)
+        write_files(finished, trained)
         tokenizer.save_pretrained(finished)
         if not target.exists():  # another process may have made the same one meanwhile
             os.replace(finished, target)
@@ -162,12 +165,14 @@ def _encode(
     return sequences
 
 
-def _show_progress(progress: Queue, bar: tqdm) -> None:
+def _receive(results: Queue, bar: tqdm, trained: dict[str, bytes]) -> None:
+    """Show what rank 0 reports, (updates, loss), until it sends the model's files."""
     with suppress(RayError):  # the command was ended
-        while (item := progress.get()) is not None:
+        while isinstance(item := results.get(), tuple):
             step, loss = item
             bar.update(step - bar.n)
             bar.set_postfix(refresh=False, loss=f"{loss:.3f}")
+        trained.update(item)
 
 
 def _worker(arguments: dict[str, Any]) -> None:
@@ -202,14 +207,11 @@ def _worker(arguments: dict[str, Any]) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if rank == 0 and (step % 10 == 9 or step == config.num_steps - 1):
-            arguments["progress"].put((step + 1, loss.item()))
-    if rank > 0:
-        ray.train.report({})
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        bare.save_pretrained(directory)
-        ray.train.report({}, checkpoint=Checkpoint.from_directory(directory))
-    arguments["progress"].put(None)
+            arguments["results"].put((step + 1, loss.item()))
+    if rank == 0:
+        with tempfile.TemporaryDirectory() as directory:
+            bare.save_pretrained(directory)
+            arguments["results"].put(read_files(directory))
 
 
 def _make_batch(

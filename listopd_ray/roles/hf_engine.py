@@ -12,7 +12,7 @@ from listopd_ray.models import load_model
 from listopd_ray.roles.batching import collate, completion_logprobs, gather
 from listopd_ray.roles.rollout import Completion, Request
 from listopd_ray.roles.weights import torch_tensors
-from listopd_ray.types import Weights
+from listopd_ray.types import StrPath, Weights
 
 
 class HfEngine:
@@ -21,7 +21,7 @@ class HfEngine:
     def __init__(
         self,
         *,
-        model_path: str,
+        model_path: StrPath,
         dtype: str,
         device: str,
         end_ids: tuple[int, ...],

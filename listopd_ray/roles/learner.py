@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from listopd_ray.checkpoint import CorruptCheckpoint, Files, digests, fetched, staged
 from listopd_ray.config import Config
-from listopd_ray.models import load_model, load_tokenizer
+from listopd_ray.models import load_model, load_tokenizer, read_files
 from listopd_ray.roles.batching import (
     collate,
     collate_rollouts,
@@ -25,7 +26,7 @@ from listopd_ray.roles.batching import (
 from listopd_ray.roles.losses import opd_advantages, opd_loss
 from listopd_ray.roles.teacher import Scored
 from listopd_ray.roles.weights import export_tensors
-from listopd_ray.types import CONTRACT_CLASSES, ListopdError, ScoredRollout, Weights
+from listopd_ray.types import CONTRACT_CLASSES, ListopdError, ScoredRollout, StrPath, Weights
 
 # Per-token columns of a batch, and the fields of `ScoredRollout` they come from.
 SCORES = {
@@ -44,7 +45,7 @@ BASE_SCORES = {
 class Learner:
     """Owns the trained student and its AdamW state. `policy_version` counts its updates."""
 
-    def __init__(self, config: Config, *, student_path: str, canary_ids: np.ndarray) -> None:
+    def __init__(self, config: Config, *, student_path: StrPath, canary_ids: np.ndarray) -> None:
         self._config = config
         self._device = config.device
         self._dtype = config.learner.dtype
@@ -178,6 +179,12 @@ class Learner:
         """The student as a Hugging Face directory."""
         self._model.save_pretrained(directory)
         self._tokenizer.save_pretrained(directory)
+
+    def exported(self) -> dict[str, bytes]:
+        """The files of `export`, for another machine."""
+        with TemporaryDirectory() as directory:
+            self.export(directory)
+            return read_files(directory)
 
     def _loss(
         self, rollouts: Sequence[ScoredRollout], lam: float, num_tokens: int

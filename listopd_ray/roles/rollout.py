@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from listopd_ray.config import RolloutConfig
-from listopd_ray.types import ListopdError, Prompt, Rollout, Weights
+from listopd_ray.types import ListopdError, Prompt, Rollout, StrPath, Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ class RolloutWorker:
         self,
         config: RolloutConfig,
         *,
-        model_path: str,
+        model_path: StrPath,
         dtype: str,
         device: str,
         end_ids: tuple[int, ...],
@@ -130,7 +131,7 @@ class VllmEngine:
         self,
         config: RolloutConfig,
         *,
-        model_path: str,
+        model_path: StrPath,
         dtype: str,
         end_ids: tuple[int, ...],
         max_new_tokens: int,
@@ -156,11 +157,12 @@ class VllmEngine:
         if config.grammar:
             options["structured_outputs_config"] = {"backend": "xgrammar"}
         self._llm = LLM(
-            model=model_path,
+            model=os.fspath(model_path),
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs,
             trust_remote_code=False,
+            load_format="safetensors",
             **{**options, **config.engine},
         )
 

@@ -21,7 +21,7 @@ from listopd_ray.roles.batching import (
 from listopd_ray.roles.hf_engine import generate
 from listopd_ray.roles.rollout import Generated, Request, make_rollout
 from listopd_ray.task.contract import IdTokens, Scan, TokenText, scan
-from listopd_ray.types import Rollout, ScoredRollout, TokenClass
+from listopd_ray.types import Rollout, ScoredRollout, StrPath, TokenClass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Teacher:
         self,
         config: TeacherActorConfig,
         *,
-        teacher_path: str,
+        teacher_path: StrPath,
         dtype: str,
         device: str,
         num_bases: int = 1,
@@ -49,7 +49,7 @@ class Teacher:
         self._config = config
         self._dtype, self._device = dtype, device
         self._teacher = load_model(teacher_path, dtype=dtype, device=device).eval()
-        self._bases: dict[str, PreTrainedModel] = {}  # by path, the last one used at the end
+        self._bases: dict[StrPath, PreTrainedModel] = {}  # by path, the last one used at the end
         self._num_bases = num_bases
         self._tokenizer = load_tokenizer(teacher_path)
         self._end_ids = end_ids(teacher_path, self._tokenizer)
@@ -57,7 +57,7 @@ class Teacher:
         self._id_tokens: dict[int, IdTokens] = {}  # by K
 
     @torch.inference_mode()
-    def score(self, generated: Generated, base_path: str | None = None) -> Scored:
+    def score(self, generated: Generated, base_path: StrPath | None = None) -> Scored:
         """Scores under the teacher and, where one is given, the base."""
         start = time.perf_counter()
         base = self._base(base_path) if base_path else None
@@ -70,7 +70,7 @@ class Teacher:
         ordered = tuple(scored[index] for index in range(len(rollouts)))
         return Scored(rollouts=ordered, seconds=time.perf_counter() - start)
 
-    def score_with(self, model_path: str, generated: Generated) -> Scored:
+    def score_with(self, model_path: StrPath, generated: Generated) -> Scored:
         """`score` with another checkpoint, as it is, in the teacher's place: the start-up gate."""
         teacher, config = self._teacher, self._config
         self._teacher = load_model(model_path, dtype=self._dtype, device=self._device).eval()
@@ -101,7 +101,7 @@ class Teacher:
             ]
         return Generated(rollouts=tuple(rollouts), seconds=time.perf_counter() - start)
 
-    def _base(self, path: str) -> PreTrainedModel:
+    def _base(self, path: StrPath) -> PreTrainedModel:
         if path in self._bases:
             self._bases[path] = self._bases.pop(path)
         else:

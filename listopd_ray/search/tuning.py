@@ -241,13 +241,14 @@ def run_tune(
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which `verbose=0` does not silence
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # nor this: `show` says what fails
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # a run writes its own metrics
+    here = f"node:{ray.util.get_node_ip_address()}"  # the slots may hold every CPU
     trainable = tune.with_parameters(distil_trial, config=config, keeper=keeper)
     scratch = Path(config.out).with_name("tune")
     shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
     try:
         tuner = tune.Tuner(
-            # Tune wants something reserved, and the slots may hold every CPU.
-            tune.with_resources(trainable, tune.PlacementGroupFactory([{"memory": 1 << 20}])),
+            # On the driver's machine, whose files it writes.
+            tune.with_resources(trainable, tune.PlacementGroupFactory([{here: 0.001}])),
             param_space=space or {},
             tune_config=tune.TuneConfig(
                 search_alg=searcher,

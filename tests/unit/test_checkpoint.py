@@ -203,6 +203,18 @@ def test_where_the_new_one_cannot_take_the_place_of_the_old_that_stays(root, lea
     assert restore(root, learner)["attempt"] == 1
 
 
+def test_a_learner_that_writes_where_the_driver_does_not_see_it_is_one_clear_line(tmp_path):
+    """As where its machine has a disk of its own."""
+
+    class Elsewhere(FakeLearner):
+        def save(self, url):
+            return {"student/model.safetensors": {"sha256": "", "bytes": 1}}
+
+    with pytest.raises(ListopdError, match=rf"^{tmp_path}: not shared: "):
+        save(tmp_path, Elsewhere([]), 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_any_bit_of_a_manifest_that_flips_is_noticed(tmp_path, learner):
     save(tmp_path, learner, 1)
     save(tmp_path, learner, 2, score=0.5)

@@ -1,0 +1,98 @@
+"""Model directories on every machine: seen on shared storage, else copied once a machine.
+
+The driver names a directory on its own disk; whoever opens it elsewhere gets the same files. Only
+checkpoints need storage that all machines share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from filelock import FileLock
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from listopd_ray.types import ListopdError
+
+SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # of what a model is made of
+BLOCK = 64 << 20  # bytes that travel at once
+
+
+@dataclass(frozen=True)
+class ModelFiles(os.PathLike[str]):
+    """A model directory of one machine as a path on any: the directory itself where this machine
+    sees the same files there, else a copy, which is made when the path is first asked for."""
+
+    path: str
+    node: str  # Ray's id of the machine
+    files: tuple[tuple[str, int, int], ...]  # name, bytes, time of change (ns)
+
+    def __fspath__(self) -> str:
+        is_seen = _here() == self.node or _listing(self.path) == self.files
+        return self.path if is_seen else str(self._copy())
+
+    def _copy(self) -> Path:
+        key = hashlib.sha256(repr((self.path, self.files)).encode()).hexdigest()[:16]
+        root = Path(tempfile.gettempdir(), f"listopd-{os.getuid()}")
+        root.mkdir(mode=0o700, exist_ok=True)
+        if root.lstat().st_uid != os.getuid():
+            raise ListopdError(f"{root}: belongs to another user")
+        target = root / key
+        with FileLock(root / f"{key}.lock"):  # the actors of a machine start together
+            if not target.exists():
+                with tempfile.TemporaryDirectory(dir=root) as scratch:
+                    partial = Path(scratch, "model")
+                    partial.mkdir()
+                    for name, size, _ in self.files:
+                        with (partial / name).open("wb") as stream:
+                            stream.writelines(self._blocks(name, size))
+                    partial.rename(target)
+        return target
+
+    def _blocks(self, name: str, size: int) -> Iterator[bytes]:
+        read = ray.remote(_read).options(num_cpus=0, scheduling_strategy=on_node(self.node))
+        for offset in range(0, size, BLOCK):
+            length = min(BLOCK, size - offset)
+            block = ray.get(read.remote(f"{self.path}/{name}", offset, length))
+            if len(block) != length:
+                raise ListopdError(f"{self.path}/{name}: has changed since the start")
+            yield block
+
+
+def model_files(path: Path) -> ModelFiles:
+    """Those of a directory on this machine, to be sent to others."""
+    absolute = str(path.absolute())
+    return ModelFiles(absolute, _here(), _listing(absolute))
+
+
+def on_node(node: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
+def beside_driver() -> NodeAffinitySchedulingStrategy:
+    """For actors that read and write the files that the calling process does."""
+    return on_node(_here())
+
+
+def _here() -> str:
+    return ray.get_runtime_context().get_node_id()
+
+
+def _listing(path: str) -> tuple[tuple[str, int, int], ...]:
+    try:
+        found = [file for file in os.scandir(path) if file.name.endswith(SUFFIXES)]
+    except OSError:
+        return ()
+    stats = [(file.name, file.stat()) for file in found if file.is_file()]
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+
+def _read(file: str, offset: int, length: int) -> bytes:
+    with open(file, "rb") as stream:
+        stream.seek(offset)
+        return stream.read(length)

@@ -1,0 +1,83 @@
+"""Where the roles go: what each asks of a machine, and the placement group that gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from listopd_ray.config import Config, LearnerConfig, RolloutConfig, TeacherActorConfig
+from listopd_ray.team import START_TIMEOUT_S
+from listopd_ray.types import ListopdError
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What one actor needs."""
+
+    role: str
+    resources: dict[str, float]  # CPU, GPU
+    labels: dict[str, str] = field(default_factory=dict)  # of the machine, all of them
+
+    def fits(self, resources: dict[str, float], labels: dict[str, str]) -> bool:
+        """On an empty machine with these."""
+        enough = all(need <= resources.get(name, 0) for name, need in self.resources.items())
+        return enough and self.labels.items() <= labels.items()
+
+    def __str__(self) -> str:
+        needs = [f"{need:g} {name}" for name, need in self.resources.items()]
+        return ", ".join(needs + [f"{name}={value}" for name, value in self.labels.items()])
+
+
+def bundles_of(config: Config, *, with_teachers: bool = True) -> list[Bundle]:
+    """The learner, then rollout workers, then teachers."""
+    bundles = [_bundle("learner", config.learner)]
+    bundles += [_bundle("rollout", config.rollout)] * config.rollout.num_workers
+    return bundles + (teacher_bundles(config) if with_teachers else [])
+
+
+def teacher_bundles(config: Config) -> list[Bundle]:
+    return [_bundle("scoring", config.scoring)] * config.scoring.num_actors
+
+
+def _bundle(role: str, config: RolloutConfig | TeacherActorConfig | LearnerConfig) -> Bundle:
+    needs = {"CPU": config.num_cpus, "GPU": config.num_gpus}
+    return Bundle(role, {name: need for name, need in needs.items() if need}, dict(config.labels))
+
+
+def reserve(config: Config, bundles: Sequence[Bundle]) -> PlacementGroup:
+    """A placement group, spread over the machines; raises ListopdError where there is no room."""
+    check_room(config, "the run (rollout, scoring, learner)", bundles)
+    group = placement_group(
+        [bundle.resources for bundle in bundles],
+        strategy="SPREAD",
+        bundle_label_selector=[bundle.labels for bundle in bundles],
+    )
+    timeout = max(START_TIMEOUT_S, config.autoscaling_wait_s)
+    try:
+        ray.get(group.ready(), timeout=timeout)
+    except ray.exceptions.GetTimeoutError:
+        remove_placement_group(group)
+        raise ListopdError(f"placement group: not ready after {timeout:g} s") from None
+    return group
+
+
+def check_room(config: Config, what: str, bundles: Sequence[Bundle]) -> None:
+    """Raises ListopdError where the cluster is too small: Ray itself would wait for ever. One that
+    grows (`autoscaling_wait_s`) is not looked at."""
+    if config.autoscaling_wait_s:
+        return
+    have = ray.cluster_resources()
+    for resource in ("CPU", "GPU"):
+        need = sum(bundle.resources.get(resource, 0) for bundle in bundles)
+        if need > have.get(resource, 0):
+            raise ListopdError(
+                f"{what} needs {need:g} {resource} but the Ray cluster has "
+                f"{have.get(resource, 0):g}"
+            )
+    machines = [node for node in ray.nodes() if node["Alive"]]
+    for bundle in bundles:
+        if not any(bundle.fits(node["Resources"], node["Labels"]) for node in machines):
+            raise ListopdError(f"{bundle.role}: no machine of the Ray cluster has {bundle}")
