@@ -2,8 +2,8 @@
 
     python jobs/submit.py [--submission-id ID] [--no-wait] train conf/demo.yaml name=mine lam=1.2
 
-RAY_ADDRESS is the dashboard (http://127.0.0.1:8265); the token is as Ray finds it. Exit status as
-of submit.sh: 0 succeeded, 1 failed or not submitted, 2 stopped.
+RAY_ADDRESS is the dashboard; the token is as Ray finds it. Exit status as of submit.sh: 0 succeeded
+(or, with --no-wait, submitted), 1 failed or not submitted, 2 stopped.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from pathlib import Path
 
 os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 ROOT = Path(__file__).resolve().parents[1]
 EXIT_STATUS = {JobStatus.SUCCEEDED: 0, JobStatus.FAILED: 1, JobStatus.STOPPED: 2}
 RUNTIME_ENV = {
     "working_dir": str(ROOT),
-    "excludes": [".venv", ".git", "/runs", "/cache", "/data"],
+    "excludes": [".venv", "/runs", "/cache", "/data", ".*_cache", ".hypothesis"],
     # The dashboard shows these: no secrets. A job that is stopped gets a minute for its checkpoint.
     "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONUNBUFFERED": "1"},
 }
@@ -65,15 +66,19 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.command:
         parser.error("which command? train, study, search, …")
+    address = os.environ.get("RAY_ADDRESS", "http://127.0.0.1:8265")
     try:
-        client = JobSubmissionClient(os.environ.get("RAY_ADDRESS", "http://127.0.0.1:8265"))
+        client = JobSubmissionClient(address)
         submission_id = submit(client, arguments.command, arguments.submission_id)
         print(f"job {submission_id}", flush=True)
         if arguments.no_wait:
             return
         status = asyncio.run(follow(client, submission_id))
-    except (ConnectionError, RuntimeError) as error:
-        sys.exit(f"submit.py: {' '.join(str(error).split())}")
+    except AuthenticationError:
+        sys.exit(f"submit.py: {address}: invalid authentication token")
+    except (ConnectionError, RuntimeError) as error:  # which may quote the server's traceback
+        lines = [line for line in str(error).splitlines() if line.strip(" .")]
+        sys.exit(f"submit.py: {lines[-1]}")
     print(f"job {submission_id}: {status.value.lower()}", file=sys.stderr)
     sys.exit(EXIT_STATUS[status])
 

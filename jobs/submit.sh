@@ -2,8 +2,7 @@
 # Submit one command to a Ray cluster, follow its log, and leave with what became of it:
 #   jobs/submit.sh train conf/demo.yaml name=mine lam=1.2
 # Exit status: 0 succeeded, 1 failed or not submitted, 2 stopped. A second submission with the same
-# name=… continues the run. Data, cache and runs must lie where every node sees them: data.path=,
-# cache= and out= absolute. RAY_ADDRESS is the dashboard; the token is as `ray` finds it.
+# name=… continues the run. RAY_ADDRESS is the dashboard; the token is as `ray` finds it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${RAY_ADDRESS:?set it to the dashboard of the cluster, as http://127.0.0.1:8265}"
@@ -14,13 +13,22 @@ shift
 id=${SUBMISSION_ID:-listopd-$command-$(date -u +%Y%m%d-%H%M%S)-$RANDOM}
 git=$(git describe --always --dirty 2>/dev/null || echo unknown)
 
+# Is there a cluster that lets us in, and is the id new? Ray itself answers with a traceback.
+if said=$(ray job status "$id" 2>&1); then
+  echo "submit.sh: job $id exists already; give another SUBMISSION_ID" >&2
+  exit 1
+elif [[ $said != *"does not exist"* ]]; then
+  echo "submit.sh: $(sed -n 's/^[A-Za-z._]*Error: //p' <<<"$said" | tail -n 1)" >&2
+  exit 1
+fi
+
 # Secrets do not belong here: the dashboard shows a job's environment. Give them to the nodes.
 # A job that is stopped gets a minute for its checkpoint, in the place of Ray's 3 s.
 ray job submit \
   --submission-id "$id" \
   --working-dir . \
   --runtime-env-json '{
-    "excludes": [".venv", ".git", "/runs", "/cache", "/data"],
+    "excludes": [".venv", "/runs", "/cache", "/data", ".*_cache", ".hypothesis"],
     "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONUNBUFFERED": "1"}
   }' \
   --metadata-json "{\"git\": \"$git\", \"command\": \"$command\"}" \
@@ -30,8 +38,13 @@ ray job submit \
 # `ray job submit` itself leaves with 0 where a job was stopped.
 status=$(ray job status "$id" 2>&1) || true
 case $status in
-  *SUCCEEDED*) exit 0 ;;
-  *STOPPED*) echo "job $id: stopped; the same command goes on" >&2; exit 2 ;;
-  *FAILED*) echo "job $id: failed" >&2; exit 1 ;;
-  *) echo "job $id: ${status##*$'\n'}" >&2; exit 1 ;;
+  *"' succeeded"*) ;;
+  *"' was stopped"*)
+    echo "job $id: stopped; the same command goes on" >&2
+    exit 2
+    ;;
+  *)
+    echo "job $id: failed" >&2
+    exit 1
+    ;;
 esac
