@@ -22,7 +22,7 @@ demo: $(STAMP)  ## the main job on two CPU cores: warm starts, then λ = 1, 2 an
 	$(BIN)/listopd demo conf/demo.yaml
 
 test: unit  ## all tests: unit, then real Ray and real engines
-	$(BIN)/python -m pytest tests/ray
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/ray
 
 unit: $(STAMP)  ## the tests without Ray and engines, side by side
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 tests/unit

@@ -45,7 +45,7 @@ def submit(
         submission_id=submission_id or f"listopd-{command[0]}-{time.time_ns()}",
         runtime_env=RUNTIME_ENV,
         metadata={"git": git.stdout.strip() or "unknown", "command": command[0]},
-        entrypoint_num_cpus=float(os.environ.get("ENTRYPOINT_NUM_CPUS", "0.1")),
+        entrypoint_num_cpus=float(os.environ.get("ENTRYPOINT_NUM_CPUS", "0")),
     )
 
 

@@ -32,7 +32,7 @@ ray job submit \
     "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONUNBUFFERED": "1"}
   }' \
   --metadata-json "{\"git\": \"$git\", \"command\": \"$command\"}" \
-  --entrypoint-num-cpus "${ENTRYPOINT_NUM_CPUS:-0.1}" \
+  --entrypoint-num-cpus "${ENTRYPOINT_NUM_CPUS:-0}" \
   -- python -m listopd_ray "$command" "$@" || true
 
 # `ray job submit` itself leaves with 0 where a job was stopped.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+from filelock import FileLock
 
 from listopd_ray.cluster import Cluster, launch
 from listopd_ray.config import Config, load_config
@@ -26,7 +27,14 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A directory of this test run, for all its processes."""
+    root = tmp_path_factory.getbasetemp()
+    return root if worker_id == "master" else root.parent
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Config:
     """A run of a few updates: four items, and a warm start that mostly parses (0.72)."""
     root = tmp_path_factory.mktemp("listopd")
     write_synthetic(
@@ -37,7 +45,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
         [
             f"data.path={root / 'data'}",
             f"out={root / 'runs'}",
-            f"cache={root / 'cache'}",
+            f"cache={shared / 'cache'}",
             "lam=1.5",
             "num_prompts=8",
             "num_steps=4",
@@ -58,8 +66,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="session")
-def prepared(ray_cluster: None, config: Config) -> Prepared:
-    return prepare(config)
+def prepared(ray_cluster: None, config: Config, shared: Path) -> Prepared:
+    with FileLock(shared / "prepared.lock"):  # one process trains the warm starts
+        return prepare(config)
 
 
 @pytest.fixture(scope="session")
