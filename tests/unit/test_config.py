@@ -172,6 +172,10 @@ def test_a_value_out_of_range_is_named_with_its_key(arguments):
         "rollout.num_cpus=-1",
         "scoring.num_cpus=nan",
         "learner.num_gpus=.inf",
+        "scoring.num_cpus=0",  # and no GPU: Ray has no place for it
+        "autoscaling_wait_s=-1",
+        "rollout.labels={pool: in(a, b)}",
+        "learner.labels.pool=",
         "num_steps=99999999999999999999999",
         "name=" + "x" * 201,
     ],
@@ -181,6 +185,20 @@ def test_a_value_that_could_only_fail_later_is_refused_at_once(argument):
     if argument.startswith("lam_schedule"):
         arguments.append("lam_schedule.kind=linear")
     assert argument.partition("=")[0].split(".")[0] in one_line_error(*arguments)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "rollout.engine.trust_remote_code=true",
+        "rollout.engine={trust_remote_code: yes}",
+        "rollout.engine.load_format=pt",
+        "rollout.engine.load_format=auto",
+    ],
+)
+def test_no_key_lets_a_checkpoint_bring_code_or_pickles(argument):
+    assert "no code and no pickles from checkpoints" in one_line_error(argument)
+    assert load("rollout.engine={trust_remote_code: false, load_format: safetensors}")
 
 
 @pytest.mark.parametrize("argument", ["lam=much", "lam='1.5'"])
