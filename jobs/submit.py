@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported
@@ -37,16 +38,22 @@ def submit(
     client: JobSubmissionClient, command: Sequence[str], submission_id: str | None = None
 ) -> str:
     """Start `listopd <command>` on the cluster; its submission id."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
     return client.submit_job(
         entrypoint=shlex.join(["python", "-m", "listopd_ray", *command]),
         submission_id=submission_id or f"listopd-{command[0]}-{time.time_ns()}",
         runtime_env=RUNTIME_ENV,
-        metadata={"git": git.stdout.strip() or "unknown", "command": command[0]},
+        metadata={"git": revision(), "command": command[0]},
         entrypoint_num_cpus=float(os.environ.get("ENTRYPOINT_NUM_CPUS", "0")),
     )
+
+
+def revision() -> str:
+    """What git calls this state; "unknown" without git or a repository."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    with suppress(OSError):
+        done = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() or "unknown"
+    return "unknown"
 
 
 async def follow(client: JobSubmissionClient, submission_id: str) -> JobStatus:
