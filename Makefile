@@ -22,7 +22,7 @@ demo: $(STAMP)  ## the main job on two CPU cores: warm starts, then λ = 1, 2 an
 	$(BIN)/listopd demo conf/demo.yaml
 
 test: unit  ## all tests: unit, then real Ray and real engines
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/ray
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray
 
 unit: $(STAMP)  ## the tests without Ray and engines, side by side
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 tests/unit
@@ -37,6 +37,7 @@ lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck jobs/*.sh
 
 format: $(STAMP)  ## apply the style
 	$(BIN)/ruff check --fix .

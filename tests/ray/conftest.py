@@ -17,6 +17,12 @@ from listopd_ray.prepare import Prepared, prepare
 from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that two processes end at about the same time."""
+    longest = ("test_search.py", "test_study.py", "test_killed.py", "test_faults.py")
+    items.sort(key=lambda item: (*longest, item.path.name).index(item.path.name))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Of its own, whatever runs here; with more logical CPUs than the machine has, since the tests
