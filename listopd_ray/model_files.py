@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from listopd_ray.types import ListopdError
 
 SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # of what a model is made of
-BLOCK = 64 << 20  # bytes that travel at once
+BLOCK = 16 << 20  # bytes that travel at once (docs/benchmarks.md)
 
 
 @dataclass(frozen=True)
