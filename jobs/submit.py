@@ -73,7 +73,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.command:
         parser.error("which command? train, study, search, …")
-    address = os.environ.get("RAY_ADDRESS", "http://127.0.0.1:8265")
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address.startswith(("http://", "https://")):
+        parser.error(
+            "RAY_ADDRESS: set it to the dashboard of the cluster, as http://127.0.0.1:8265"
+        )
     try:
         client = JobSubmissionClient(address)
         submission_id = submit(client, arguments.command, arguments.submission_id)
@@ -81,11 +85,11 @@ def main() -> None:
         if arguments.no_wait:
             return
         status = asyncio.run(follow(client, submission_id))
-    except AuthenticationError:
-        sys.exit(f"submit.py: {address}: invalid authentication token")
-    except (ConnectionError, RuntimeError) as error:  # which may quote the server's traceback
+    except AuthenticationError as error:
+        sys.exit(f"submit.py: {address}: {str(error).splitlines()[0]}")
+    except (ConnectionError, RuntimeError, ValueError) as error:
         lines = [line for line in str(error).splitlines() if line.strip(" .")]
-        sys.exit(f"submit.py: {lines[-1]}")
+        sys.exit(f"submit.py: {lines[-1]}")  # the server may quote its traceback
     print(f"job {submission_id}: {status.value.lower()}", file=sys.stderr)
     sys.exit(EXIT_STATUS[status])
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submit one command to a Ray cluster, follow its log, and leave with what became of it:
 #   jobs/submit.sh train conf/demo.yaml name=mine lam=1.2
-# Exit status: 0 succeeded, 1 failed or not submitted, 2 stopped. A second submission with the same
+# Exit status: 0 succeeded, 1 failed, not submitted or lost, 2 stopped. A second submission with the same
 # name=… continues the run. RAY_ADDRESS is the dashboard; the token is as `ray` finds it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -35,16 +35,14 @@ ray job submit \
   --entrypoint-num-cpus "${ENTRYPOINT_NUM_CPUS:-0}" \
   -- python -m listopd_ray "$command" "$@" || true
 
-# `ray job submit` itself leaves with 0 where a job was stopped.
-status=$(ray job status "$id" 2>&1) || true
-case $status in
-  *"' succeeded"*) ;;
-  *"' was stopped"*)
-    echo "job $id: stopped; the same command goes on" >&2
-    exit 2
-    ;;
-  *)
-    echo "job $id: failed" >&2
-    exit 1
-    ;;
-esac
+# `ray job submit` leaves with 0 where a job was stopped, and as soon as it loses the connection.
+while status=$(ray job status "$id" 2>&1); do
+  case $status in
+    *"' succeeded"*) exit 0 ;;
+    *"' was stopped"*) echo "job $id: stopped; the same command goes on" >&2; exit 2 ;;
+    *"' failed"*) echo "job $id: failed" >&2; exit 1 ;;
+  esac
+  sleep 5
+done
+echo "job $id: lost contact, it may go on: ray job status $id" >&2
+exit 1

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ from listopd_ray.redact import redacted_text
 from listopd_ray.types import ListopdError, last_line
 
 MANIFEST = "manifest.json"
+SHOWN_AFTER_S = 60.0
 HEALTHY = "healthy"  # the empty file that marks such a checkpoint; it may come later
 
 Files = dict[str, dict[str, Any]]  # path within a checkpoint → {"sha256": …, "bytes": …}
@@ -78,8 +80,10 @@ class Checkpoints:
         for remains in self._names(r"step-\d+(\.old)?\.tmp"):
             self._fs.rm(self._path(remains), recursive=True)
         try:
+            with writing(self._url()):
+                self._fs.makedirs(self._root, exist_ok=True)
             files = learner.save(self._url(partial))
-            if not all(self._fs.exists(self._path(f"{partial}/{name}")) for name in files):
+            if not self._sees([self._path(f"{partial}/{name}") for name in files]):
                 raise ListopdError(
                     f"{self._url()}: not shared: what the learner's machine writes there is not on "
                     "the driver's; give checkpoint.path=… on storage that all machines see"
@@ -167,6 +171,16 @@ class Checkpoints:
         if not intact:
             raise CorruptCheckpoint(f"{self._url(name)}: {MANIFEST} is not what was written")
         return manifest
+
+    def _sees(self, paths: list[str]) -> bool:
+        """What another machine has written may take a while to show (NFS keeps what it knew)."""
+        end = time.monotonic() + SHOWN_AFTER_S
+        while not all(map(self._fs.exists, paths)):
+            if time.monotonic() > end:
+                return False
+            time.sleep(1)
+            self._fs.invalidate_cache()
+        return True
 
     def _prune(self) -> None:
         complete = self._complete()

@@ -81,7 +81,10 @@ class Cluster:
         max_new_tokens: int,
         supervised: bool = True,
     ) -> None:
-        self._group = reserve(config, bundles_of(config, with_teachers=teacher_path is not None))
+        bundles = bundles_of(config, with_teachers=teacher_path is not None)
+        # A slot of a search stays together: one machine lost is one trial lost.
+        strategy = "SPREAD" if supervised else "PACK"
+        self._group = reserve(config, "the run (rollout, scoring, learner)", bundles, strategy)
         self._supervised = supervised
         self.faults = Faults(config.faults)
         self._learner: Any = None
@@ -149,7 +152,7 @@ class SharedTeachers:
 
     def __init__(self, config: Config, teacher_path: Path, num_bases: int) -> None:
         """`num_bases` runs with bases of their own may use them at once."""
-        self._group = reserve(config, teacher_bundles(config))
+        self._group = reserve(config, "the teachers", teacher_bundles(config))
         self._actors = [
             _spawn_teacher(config, teacher_path, self._group, index, num_bases)
             for index in range(config.scoring.num_actors)

@@ -254,6 +254,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+PLAIN_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 NOT_NEGATIVE = (
     "autoscaling_wait_s",
     "faults.max_restarts",
@@ -427,8 +428,9 @@ def _validate(config: Config) -> None:
         section = getattr(config, role)
         require(section.num_cpus or section.num_gpus, f"{role}.num_cpus", "or num_gpus must be > 0")
         for key, label in section.labels.items():
-            is_plain = re.fullmatch(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", label)
-            require(is_plain, f"{role}.labels.{key}", "must be a plain label value")
+            is_plain = isinstance(label, str) and PLAIN_LABEL.fullmatch(label)
+            is_plain = is_plain and PLAIN_LABEL.fullmatch(key.rpartition("/")[2])
+            require(is_plain, f"{role}.labels.{key}", "must be a plain label, ≤ 63 characters")
     grammar_without_vllm = config.rollout.grammar and config.rollout.backend != "vllm"
     require(not grammar_without_vllm, "rollout.grammar", "needs rollout.backend=vllm")
     timeout = config.faults.timeout_s

@@ -93,11 +93,19 @@ def finished_summary(config: Config) -> dict[str, Any]:
     check_unchanged(config)
     file = _summary_file(config)
     summary = read_json(file, str(file))
-    if summary["hashes"]["data"] != dataset_hash(data_directory(config)):
-        raise ListopdError(
-            f"{run_directory(config)}: made from other data than {config.data.path} holds now; "
-            "give another name=… or remove it"
-        )
+    if not isinstance(summary, dict) or "hashes" not in summary:
+        raise ListopdError(f"{file}: not what this writes")
+    now = {"data": dataset_hash(data_directory(config))}
+    for name, model in (("warm_start", config.student), ("teacher", config.teacher)):
+        if model.path and model.warmstart.num_steps == 0:  # taken as it is
+            now[name] = model_hash(model.path)
+    for name, value in now.items():
+        if summary["hashes"].get(name) != value:
+            what = name.replace("_", " ")
+            raise ListopdError(
+                f"{run_directory(config)}: made from another {what} than there is now; "
+                "give another name=… or remove it"
+            )
     return summary
 
 

@@ -40,26 +40,27 @@ class ModelFiles(os.PathLike[str]):
         key = hashlib.sha256(repr((self.path, self.files)).encode()).hexdigest()[:16]
         root = Path(tempfile.gettempdir(), f"listopd-{os.getuid()}")
         root.mkdir(mode=0o700, exist_ok=True)
-        if root.lstat().st_uid != os.getuid():
-            raise ListopdError(f"{root}: belongs to another user")
+        state = root.lstat()
+        if state.st_uid != os.getuid() or state.st_mode & 0o077:
+            raise ListopdError(f"{root}: open to other users")
         target = root / key
         with FileLock(root / f"{key}.lock"):  # the actors of a machine start together
             if not target.exists():
                 with tempfile.TemporaryDirectory(dir=root) as scratch:
                     partial = Path(scratch, "model")
                     partial.mkdir()
-                    for name, size, _ in self.files:
+                    for name, size, changed in self.files:
                         with (partial / name).open("wb") as stream:
-                            stream.writelines(self._blocks(name, size))
+                            stream.writelines(self._blocks(name, size, changed))
                     partial.rename(target)
         return target
 
-    def _blocks(self, name: str, size: int) -> Iterator[bytes]:
+    def _blocks(self, name: str, size: int, changed: int) -> Iterator[bytes]:
         read = ray.remote(_read).options(num_cpus=0, scheduling_strategy=on_node(self.node))
         for offset in range(0, size, BLOCK):
             length = min(BLOCK, size - offset)
-            block = ray.get(read.remote(f"{self.path}/{name}", offset, length))
-            if len(block) != length:
+            block, *state = ray.get(read.remote(f"{self.path}/{name}", offset, length))
+            if state != [size, changed]:
                 raise ListopdError(f"{self.path}/{name}: has changed since the start")
             yield block
 
@@ -92,7 +93,12 @@ def _listing(path: str) -> tuple[tuple[str, int, int], ...]:
     return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
 
 
-def _read(file: str, offset: int, length: int) -> bytes:
-    with open(file, "rb") as stream:
-        stream.seek(offset)
-        return stream.read(length)
+def _read(file: str, offset: int, length: int) -> tuple[bytes, int, int]:
+    """A block, with the file's size and time of change; where it is gone they are no file's."""
+    try:
+        with open(file, "rb") as stream:
+            stream.seek(offset)
+            block, stat = stream.read(length), os.fstat(stream.fileno())
+    except OSError:
+        return b"", -1, -1
+    return block, stat.st_size, stat.st_mtime_ns

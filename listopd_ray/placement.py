@@ -47,20 +47,25 @@ def _bundle(role: str, config: RolloutConfig | TeacherActorConfig | LearnerConfi
     return Bundle(role, {name: need for name, need in needs.items() if need}, dict(config.labels))
 
 
-def reserve(config: Config, bundles: Sequence[Bundle]) -> PlacementGroup:
-    """A placement group, spread over the machines; raises ListopdError where there is no room."""
-    check_room(config, "the run (rollout, scoring, learner)", bundles)
+def reserve(
+    config: Config, what: str, bundles: Sequence[Bundle], strategy: str = "SPREAD"
+) -> PlacementGroup:
+    """A placement group for `what`; raises ListopdError where there is no room.
+
+    Over several machines it is spread, or packed where `strategy` is "PACK".
+    """
+    check_room(config, what, bundles)
     group = placement_group(
         [bundle.resources for bundle in bundles],
-        strategy="SPREAD",
+        strategy=strategy,
         bundle_label_selector=[bundle.labels for bundle in bundles],
     )
-    timeout = max(START_TIMEOUT_S, config.autoscaling_wait_s)
+    timeout = config.autoscaling_wait_s or START_TIMEOUT_S
     try:
         ray.get(group.ready(), timeout=timeout)
     except ray.exceptions.GetTimeoutError:
         remove_placement_group(group)
-        raise ListopdError(f"placement group: not ready after {timeout:g} s") from None
+        raise ListopdError(f"{what}: no room after {timeout:g} s") from None
     return group
 
 

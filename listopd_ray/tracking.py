@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from listopd_ray.redact import redacted, redacted_text
 from listopd_ray.types import Judged, ListopdError
 
 TIMING = ("time/", "perf/", "fault/")  # the only metrics in which two equal runs may differ
+PLACEMENT = re.compile(r"^autoscaling_wait_s$|\.(num_cpus|num_gpus)$|\.labels(\.|$)")
 LOCK_WAIT_S = 20.0  # the actors of a driver that was killed live on for some seconds
 
 
@@ -65,7 +67,7 @@ class Run:
         self._report = report
         self.directory = run_directory(config)
         self._config = config
-        self._owner = {**_flat(_nested(config)), **hashes}
+        self._owner = {**_identity(config), **hashes}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(lock_directory(self.directory))
@@ -251,9 +253,15 @@ def check_unchanged(config: Config, but_for: Sequence[str] = ()) -> None:
     """Raises ListopdError, with the keys, where the run was begun with another configuration; keys
     of `but_for` may differ."""
     file = run_directory(config) / "config.yaml"
-    before, now = _flat(_nested(load_config(type(config), [str(file)]))), _flat(_nested(config))
+    before, now = _identity(load_config(type(config), [str(file)])), _identity(config)
     before, now = ({k: v for k, v in flat.items() if k not in but_for} for flat in (before, now))
     _check_same(f"{file.parent}: begun with another configuration", before, now)
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """Every key but those that say where a run runs: it may go on on another cluster."""
+    flat = _flat(_nested(config))
+    return {key: value for key, value in flat.items() if not PLACEMENT.search(key)}
 
 
 def _check_same(what: str, before: dict[str, Any], now: dict[str, Any]) -> None:

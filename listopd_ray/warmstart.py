@@ -26,13 +26,14 @@ import torch.nn.functional as F
 from ray.exceptions import RayError
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_model
+from ray.util.placement_group import remove_placement_group
 from ray.util.queue import Queue
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from listopd_ray.cluster import ray_session
 from listopd_ray.config import Config, ModelConfig, WarmstartConfig
-from listopd_ray.model_files import model_files
+from listopd_ray.model_files import beside_driver
 from listopd_ray.models import (
     build_tokenizer,
     encode_prompt,
@@ -43,7 +44,7 @@ from listopd_ray.models import (
     read_files,
     write_files,
 )
-from listopd_ray.placement import Bundle, check_room
+from listopd_ray.placement import Bundle, reserve
 from listopd_ray.splits import answer_ids, data_directory
 from listopd_ray.supervision import handlers_kept
 from listopd_ray.task.contract import answer_text, ideal_ranking, prompt_text
@@ -110,13 +111,14 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
         initial.save_pretrained(start)
         tokenizer.save_pretrained(start)
         worker = Bundle("warm start", {"CPU": 1.0, "GPU": float(config.device == "cuda")})
-        workers = f"warmstart_workers={config.warmstart_workers}"
-        check_room(config, workers, [worker] * config.warmstart_workers)
-        results = Queue(actor_options={"num_cpus": 0})
+        what = f"warmstart_workers={config.warmstart_workers}"
+        # Ray Train itself would wait for ever.
+        remove_placement_group(reserve(config, what, [worker] * config.warmstart_workers))
+        results = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": beside_driver()})
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
-                "start": model_files(start),
+                "start": ray.put(read_files(str(start))),
                 "warmstart": model.warmstart,
                 "seed": seed,
                 "sequences": ray.put(sequences),
@@ -139,6 +141,8 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
         bar.close()
         results.shutdown()
         finished = Path(scratch) / "finished"
+        if "config.json" not in trained:
+            raise ListopdError(f"warm start {role}: the trained model was lost on its way here")
         write_files(finished, trained)
         tokenizer.save_pretrained(finished)
         if not target.exists():  # another process may have made the same one meanwhile
@@ -181,7 +185,9 @@ def _worker(arguments: dict[str, Any]) -> None:
     sequences = ray.get(arguments["sequences"])
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     torch.manual_seed(arguments["seed"])
-    bare = load_model(arguments["start"])
+    with tempfile.TemporaryDirectory() as directory:
+        write_files(Path(directory), ray.get(arguments["start"]))
+        bare = load_model(directory)
     vocab_size = bare.config.vocab_size
     model = prepare_model(bare)
     optimizers = _optimizers(model, config)

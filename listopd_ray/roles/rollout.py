@@ -153,6 +153,8 @@ class VllmEngine:
             kv_cache_memory_bytes=config.kv_cache_mib << 20,
             disable_log_stats=True,
             seed=0,
+            trust_remote_code=False,
+            load_format="safetensors",
         )
         if config.grammar:
             options["structured_outputs_config"] = {"backend": "xgrammar"}
@@ -161,8 +163,6 @@ class VllmEngine:
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs,
-            trust_remote_code=False,
-            load_format="safetensors",
             **{**options, **config.engine},
         )
 

@@ -1,4 +1,4 @@
-"""One Ray cluster, one dataset and one pair of warm starts serve all tests with real engines."""
+"""One Ray cluster, one dataset and one pair of warm starts serve all tests of a process."""
 
 from __future__ import annotations
 

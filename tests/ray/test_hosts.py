@@ -94,7 +94,7 @@ from listopd_ray.config import Config
 from listopd_ray.placement import Bundle, reserve
 
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
-group = reserve(Config(), [Bundle("rollout", {"GPU": 0.1})] * 2)
+group = reserve(Config(), "two", [Bundle("rollout", {"GPU": 0.1})] * 2)
 nodes = ray.util.placement_group_table(group)["bundles_to_node_id"].values()
 print("machines:", len({*nodes}))
 ray.util.remove_placement_group(group)

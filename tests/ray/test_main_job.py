@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from equality import check_equal, metrics_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from listopd_ray.cluster import Cluster
-from listopd_ray.config import Config, load_config
-from listopd_ray.job import distill, evaluate_job
+from listopd_ray.config import Config, dump_config, load_config
+from listopd_ray.job import distill, evaluate_job, train_job
 from listopd_ray.prepare import Prepared
 from listopd_ray.rank import RankConfig, rank
 from listopd_ray.tracking import Run
@@ -46,6 +47,24 @@ def test_a_run_leaves_config_metrics_samples_checkpoint_student_and_summary(
         low, high = summary[model]["parse_rate_interval"]
         assert 0 <= low <= summary[model]["parse_rate"] <= high <= 1
         assert {"ndcg_at_1", "ndcg_at_k", "ndcg_at_k_all", "kendall_tau"} <= set(summary[model])
+
+
+def test_a_finished_run_shows_its_table_again_unless_it_is_another(
+    finished_run: Path, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(finished_run.rglob("*"))
+    assert train_job(config) == json.loads((finished_run / "summary.json").read_text())
+    assert "held-out prompts" in capsys.readouterr().out
+    assert sorted(finished_run.rglob("*")) == before
+    with pytest.raises(ListopdError, match="begun with another configuration: lr"):
+        train_job(dataclasses.replace(config, lr=1.0))
+    copy = dataclasses.replace(config, out=str(tmp_path))
+    shutil.copytree(finished_run, tmp_path / config.name)
+    (tmp_path / config.name / "config.yaml").write_text(dump_config(copy))
+    for content, said in (("[]", "not what this writes"), ('{"hashes": {}}', "another data")):
+        (tmp_path / config.name / "summary.json").write_text(content)
+        with pytest.raises(ListopdError, match=said):
+            train_job(copy)
 
 
 def test_rollout_logprobs_are_the_learners_after_every_sync(finished_run: Path) -> None:

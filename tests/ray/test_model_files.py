@@ -64,8 +64,12 @@ def test_another_machine_gets_one_copy_of_what_a_model_is_made_of(
     assert copy.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_model_that_changes_meanwhile_is_not_half_copied(elsewhere: ModelFiles) -> None:
-    Path(elsewhere.path, "model.safetensors").write_bytes(b"shorter")
+@pytest.mark.parametrize("content", [b"shorter", bytes(1024), bytes(5000), None])
+def test_a_model_that_changes_meanwhile_is_not_half_copied(
+    elsewhere: ModelFiles, content: bytes | None
+) -> None:
+    file = Path(elsewhere.path, "model.safetensors")
+    file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(ListopdError, match="has changed since the start"):
         os.fspath(elsewhere)
     (root,) = Path(module.tempfile.gettempdir()).iterdir()
@@ -76,7 +80,7 @@ def test_what_another_user_has_put_there_is_not_taken(
     elsewhere: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module.os, "getuid", lambda: 12345)
-    with pytest.raises(ListopdError, match="belongs to another user"):
+    with pytest.raises(ListopdError, match="open to other users"):
         os.fspath(elsewhere)
 
 

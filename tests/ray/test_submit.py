@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,8 +39,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     start = ["ray", "start", "--head", "--dashboard-host", "127.0.0.1", "--num-cpus", "4"]
+    # Drivers of jobs find their cluster by a file in there: not the one of others on this machine.
+    directory = tempfile.mkdtemp(prefix="ray-")  # short: sockets lie in it
     head = subprocess.Popen(
-        [*start, "--block", *arguments],
+        [*start, "--block", "--temp-dir", directory, *arguments],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -55,6 +59,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     finally:
         head.send_signal(signal.SIGTERM)
         head.wait(timeout=60)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def free_ports(count: int) -> list[int]:

@@ -203,8 +203,11 @@ def test_where_the_new_one_cannot_take_the_place_of_the_old_that_stays(root, lea
     assert restore(root, learner)["attempt"] == 1
 
 
-def test_a_learner_that_writes_where_the_driver_does_not_see_it_is_one_clear_line(tmp_path):
+def test_a_learner_that_writes_where_the_driver_does_not_see_it_is_one_clear_line(
+    tmp_path, monkeypatch
+):
     """As where its machine has a disk of its own."""
+    monkeypatch.setattr(checkpoint, "SHOWN_AFTER_S", 0.0)
 
     class Elsewhere(FakeLearner):
         def save(self, url):
@@ -213,6 +216,19 @@ def test_a_learner_that_writes_where_the_driver_does_not_see_it_is_one_clear_lin
     with pytest.raises(ListopdError, match=rf"^{tmp_path}: not shared: "):
         save(tmp_path, Elsewhere([]), 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_shows_late_what_another_machine_wrote_is_waited_for(tmp_path, monkeypatch):
+    exists, calls = checkpoint.LocalFileSystem.exists, []
+
+    def later(self, path, **options):
+        calls.append(path)
+        return len(calls) > 2 and exists(self, path, **options)
+
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda _: None)
+    monkeypatch.setattr(checkpoint.LocalFileSystem, "exists", later)
+    save(tmp_path, FakeLearner([]), 1)
+    assert kept(tmp_path) == [1]
 
 
 def test_any_bit_of_a_manifest_that_flips_is_noticed(tmp_path, learner):

@@ -176,6 +176,9 @@ def test_a_value_out_of_range_is_named_with_its_key(arguments):
         "autoscaling_wait_s=-1",
         "rollout.labels={pool: in(a, b)}",
         "learner.labels.pool=",
+        "learner.labels.pool=" + "x" * 64,
+        "learner.labels={a b: x}",
+        "learner.labels.ray.io/accelerator-type=H100",  # its dots part keys
         "num_steps=99999999999999999999999",
         "name=" + "x" * 201,
     ],

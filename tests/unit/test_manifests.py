@@ -193,6 +193,10 @@ def test_every_ray_pod_has_the_token_the_shared_volume_and_shared_memory(manifes
             (container,) = group["template"]["spec"]["containers"]
             assert {m["mountPath"] for m in container["volumeMounts"]} == {"/shared", "/dev/shm"}
             assert container["resources"]["requests"] == container["resources"]["limits"]
+            # A pod that goes leaves a checkpoint.
+            assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= 300
+            (*_, script) = container["lifecycle"]["preStop"]["exec"]["command"]
+            assert 'kill "${driver' in script and "listopd_ray" in script
             for variable in container["env"]:
                 is_secret = re.search("KEY|TOKEN|SECRET|PASSWORD", variable["name"])
                 assert bool(is_secret) == ("secretKeyRef" in variable.get("valueFrom", {}))
@@ -209,6 +213,27 @@ def jobs(manifests: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str,
             files = [a.replace("/opt/listopd_ray", str(ROOT)) for a in arguments if "=" not in a]
             pairs = [a for a in arguments if "=" in a]
             yield manifest, command, load_config(SCHEMAS[command], files + pairs)
+
+
+def test_a_job_is_tried_again_and_leaves_nothing_running(manifests: Any) -> None:
+    jobs = [manifest["spec"] for manifest in manifests if manifest["kind"] == "RayJob"]
+    assert len(jobs) == 3
+    for job in jobs:
+        assert job["backoffLimit"] >= 1
+        assert job["shutdownAfterJobFinishes"] is True
+        assert min(job["ttlSecondsAfterFinished"], job["activeDeadlineSeconds"]) > 0
+
+
+def test_only_the_namespace_and_the_operator_come_in(manifests: Any) -> None:
+    (policy,) = [m["spec"] for m in manifests if m["kind"] == "NetworkPolicy"]
+    assert policy["podSelector"] == {} and {*policy["policyTypes"]} == {"Ingress", "Egress"}
+    own, operator = policy["ingress"]
+    assert own == {"from": [{"podSelector": {}}]}
+    (source,) = operator["from"]
+    assert source["namespaceSelector"]["matchLabels"] == {
+        "kubernetes.io/metadata.name": "kuberay-operator"
+    }
+    assert operator["ports"]
 
 
 def test_an_entry_point_goes_on_by_itself_from_the_shared_volume(manifests: Any) -> None:

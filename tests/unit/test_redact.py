@@ -26,11 +26,15 @@ def planted(config, monkeypatch):  # noqa: F811
     """A configuration with secrets wherever it takes any."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("STORE_ACCESS_KEY", IN_ENVIRONMENT)
-    keys = f"rollout.engine.hf_token={SECRET}"
-    monkeypatch.setattr(sys, "argv", ["listopd", "train", keys])
+    keys = [f"rollout.engine.hf_token={SECRET}", f"rollout.engine={{hf_token: {SECRET}}}"]
+    monkeypatch.setattr(sys, "argv", ["listopd", "train", *keys])
     engine = {
         "hf_token": SECRET,
         "nested": {"apiKey": SECRET, "list": [{"password": SECRET}]},
+        "credentials": {"value": SECRET},
+        "hf_tokens": [SECRET],
+        "header": f"authorization: Bearer {SECRET}",
+        "store": [f"s3://AK:a/{SECRET}@bucket", f"https://host/x?X-Amz-Signature={SECRET}&y=1"],
         "download_dir": f"/models?x={IN_ENVIRONMENT}",
     }
     return dataclasses.replace(
@@ -68,6 +72,12 @@ def test_nor_a_dumped_configuration(schema):
     assert f"hf_token: {HIDDEN}" in dumped
 
 
+def test_of_two_secrets_of_which_one_begins_the_other_nothing_is_left(monkeypatch):
+    monkeypatch.setenv("A_TOKEN", IN_ENVIRONMENT)
+    monkeypatch.setenv("B_TOKEN", f"{IN_ENVIRONMENT}-more")
+    assert redacted_text(f"x {IN_ENVIRONMENT}-more y") == f"x {HIDDEN} y"
+
+
 def test_nor_an_error(capsys, monkeypatch):
     monkeypatch.setenv("STORE_ACCESS_KEY", IN_ENVIRONMENT)
     for wrong in (f"rolout.engine.hf_token={SECRET}", f"s3://user:{SECRET}@b", IN_ENVIRONMENT):
@@ -79,9 +89,15 @@ def test_nor_an_error(capsys, monkeypatch):
 
 
 def test_what_is_no_secret_stays():
-    kept = {"max_new_tokens": 8, "tokenizer": {"vocab_size": 512}, "hf_token": None, "key": "k"}
+    kept = {
+        "max_new_tokens": 8,
+        "max_batched_tokens": 2.0,
+        "tokenizer": {"vocab_size": 512},
+        "hf_token": None,
+        "key": "k",
+    }
     assert redacted(kept) == kept
-    said = "chat template: no token: 3 tokens, key=value, s3://bucket/path@1"
+    said = "chat template: no token, 3 tokens: key=value, s3://bucket/path@1"
     assert redacted_text(said) == said
     config = load_config(Config, ["data.path=x"])  # noqa: F811
     assert load_config(Config, []) != config

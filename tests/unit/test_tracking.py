@@ -106,3 +106,19 @@ def test_a_checkpoint_path_that_cannot_be_made_is_refused_before_anything_is(tmp
     with pytest.raises(ListopdError, match="not a directory that can be written to"):
         check_startable(config)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_may_go_on_on_another_cluster_but_not_as_another(tmp_path):
+    config = Config(out=str(tmp_path), tracking=TrackingConfig(wandb=False))
+    with Run(config, {}):
+        pass
+    elsewhere = replace(
+        config,
+        autoscaling_wait_s=60.0,
+        learner=replace(config.learner, num_cpus=4, labels={"pool": "far"}),
+        rollout=replace(config.rollout, num_gpus=1),
+    )
+    with Run(elsewhere, {}):
+        pass
+    with pytest.raises(ListopdError, match=r"rollout.num_workers \(1 → 2\)$"):
+        check_startable(replace(elsewhere, rollout=replace(elsewhere.rollout, num_workers=2)))
