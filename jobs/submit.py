@@ -21,17 +21,13 @@ from pathlib import Path
 
 os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported
 
+import yaml
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 ROOT = Path(__file__).resolve().parents[1]
 EXIT_STATUS = {JobStatus.SUCCEEDED: 0, JobStatus.FAILED: 1, JobStatus.STOPPED: 2}
-RUNTIME_ENV = {
-    "working_dir": str(ROOT),
-    "excludes": [".venv", "/runs", "/cache", "/data", ".*_cache", ".hypothesis"],
-    # The dashboard shows these: no secrets. A job that is stopped gets a minute for its checkpoint.
-    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONUNBUFFERED": "1"},
-}
+RUNTIME_ENV = yaml.safe_load((ROOT / "jobs/runtime_env.yaml").read_text())
 
 
 def submit(
@@ -41,7 +37,7 @@ def submit(
     return client.submit_job(
         entrypoint=shlex.join(["python", "-m", "listopd_ray", *command]),
         submission_id=submission_id or f"listopd-{command[0]}-{time.time_ns()}",
-        runtime_env=RUNTIME_ENV,
+        runtime_env={"working_dir": str(ROOT), **RUNTIME_ENV},
         metadata={"git": revision(), "command": command[0]},
         entrypoint_num_cpus=float(os.environ.get("ENTRYPOINT_NUM_CPUS", "0")),
     )

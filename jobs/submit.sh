@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Submit one command to a Ray cluster, follow its log, and leave with what became of it:
 #   jobs/submit.sh train conf/demo.yaml name=mine lam=1.2
-# Exit status: 0 succeeded, 1 failed, not submitted or lost, 2 stopped. A second submission with the same
-# name=… continues the run. RAY_ADDRESS is the dashboard; the token is as `ray` finds it.
+# Exit status: 0 succeeded, 1 failed, not submitted or lost, 2 stopped. A second submission with the
+# same name=… continues the run. RAY_ADDRESS is the dashboard; the token is as `ray` finds it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${RAY_ADDRESS:?set it to the dashboard of the cluster, as http://127.0.0.1:8265}"
@@ -22,15 +22,10 @@ elif [[ $said != *"does not exist"* ]]; then
   exit 1
 fi
 
-# Secrets do not belong here: the dashboard shows a job's environment. Give them to the nodes.
-# A job that is stopped gets a minute for its checkpoint, in the place of Ray's 3 s.
 ray job submit \
   --submission-id "$id" \
   --working-dir . \
-  --runtime-env-json '{
-    "excludes": [".venv", "/runs", "/cache", "/data", ".*_cache", ".hypothesis"],
-    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONUNBUFFERED": "1"}
-  }' \
+  --runtime-env jobs/runtime_env.yaml \
   --metadata-json "{\"git\": \"$git\", \"command\": \"$command\"}" \
   --entrypoint-num-cpus "${ENTRYPOINT_NUM_CPUS:-0}" \
   -- python -m listopd_ray "$command" "$@" || true

@@ -32,7 +32,7 @@ from listopd_ray.redact import redacted_text
 from listopd_ray.types import ListopdError, last_line
 
 MANIFEST = "manifest.json"
-SHOWN_AFTER_S = 60.0
+SHOWN_AFTER_S = 60.0  # NFS keeps what it knew of a directory for so long (s)
 HEALTHY = "healthy"  # the empty file that marks such a checkpoint; it may come later
 
 Files = dict[str, dict[str, Any]]  # path within a checkpoint → {"sha256": …, "bytes": …}

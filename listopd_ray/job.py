@@ -28,7 +28,14 @@ from listopd_ray.steering import check_prediction, read_prediction
 from listopd_ray.supervision import LearnerLost
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import dataset_hash
-from listopd_ray.tracking import Run, check_startable, check_unchanged, read_json, replace_file
+from listopd_ray.tracking import (
+    Run,
+    check_same,
+    check_startable,
+    check_unchanged,
+    read_json,
+    replace_file,
+)
 from listopd_ray.train import Loop
 from listopd_ray.types import ListopdError
 
@@ -95,17 +102,13 @@ def finished_summary(config: Config) -> dict[str, Any]:
     summary = read_json(file, str(file))
     if not isinstance(summary, dict) or "hashes" not in summary:
         raise ListopdError(f"{file}: not what this writes")
+    hashes = summary["hashes"]
     now = {"data": dataset_hash(data_directory(config))}
     for name, model in (("warm_start", config.student), ("teacher", config.teacher)):
         if model.path and model.warmstart.num_steps == 0:  # taken as it is
             now[name] = model_hash(model.path)
-    for name, value in now.items():
-        if summary["hashes"].get(name) != value:
-            what = name.replace("_", " ")
-            raise ListopdError(
-                f"{run_directory(config)}: made from another {what} than there is now; "
-                "give another name=… or remove it"
-            )
+    before = {name: hashes[name] for name in now if name in hashes}
+    check_same(f"{run_directory(config)}: made from other data or models", before, now)
     return summary
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import ray
 from filelock import FileLock
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from listopd_ray.placement import on_node, this_node
 from listopd_ray.types import ListopdError
 
 SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # of what a model is made of
@@ -33,7 +33,7 @@ class ModelFiles(os.PathLike[str]):
     files: tuple[tuple[str, int, int], ...]  # name, bytes, time of change (ns)
 
     def __fspath__(self) -> str:
-        is_seen = _here() == self.node or _listing(self.path) == self.files
+        is_seen = this_node() == self.node or _listing(self.path) == self.files
         return self.path if is_seen else str(self._copy())
 
     def _copy(self) -> Path:
@@ -68,20 +68,7 @@ class ModelFiles(os.PathLike[str]):
 def model_files(path: Path) -> ModelFiles:
     """Those of a directory on this machine, to be sent to others."""
     absolute = str(path.absolute())
-    return ModelFiles(absolute, _here(), _listing(absolute))
-
-
-def on_node(node: str) -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(node, soft=False)
-
-
-def beside_driver() -> NodeAffinitySchedulingStrategy:
-    """For actors that read and write the files that the calling process does."""
-    return on_node(_here())
-
-
-def _here() -> str:
-    return ray.get_runtime_context().get_node_id()
+    return ModelFiles(absolute, this_node(), _listing(absolute))
 
 
 def _listing(path: str) -> tuple[tuple[str, int, int], ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from listopd_ray.config import Config, LearnerConfig, RolloutConfig, TeacherActorConfig
 from listopd_ray.team import START_TIMEOUT_S
@@ -86,3 +87,17 @@ def check_room(config: Config, what: str, bundles: Sequence[Bundle]) -> None:
     for bundle in bundles:
         if not any(bundle.fits(node["Resources"], node["Labels"]) for node in machines):
             raise ListopdError(f"{bundle.role}: no machine of the Ray cluster has {bundle}")
+
+
+def on_node(node: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
+def beside_driver() -> NodeAffinitySchedulingStrategy:
+    """For actors that read and write the files that the calling process does."""
+    return on_node(this_node())
+
+
+def this_node() -> str:
+    """Ray's id of the machine of the calling process."""
+    return ray.get_runtime_context().get_node_id()

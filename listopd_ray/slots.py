@@ -24,8 +24,7 @@ from ray.util import ActorPool
 from listopd_ray.cluster import Cluster, SharedTeachers
 from listopd_ray.config import Config, needs_base
 from listopd_ray.handles import LearnerHandle, TeacherPool, Workers
-from listopd_ray.model_files import beside_driver
-from listopd_ray.placement import bundles_of, check_room, teacher_bundles
+from listopd_ray.placement import beside_driver, bundles_of, check_room, teacher_bundles
 from listopd_ray.prepare import Prepared, prepare
 from listopd_ray.supervision import Faults
 from listopd_ray.types import ListopdError, last_line

@@ -77,7 +77,7 @@ class Run:
                 before = read_json(inputs, str(inputs))
                 if not isinstance(before, dict):
                     raise ListopdError(f"{inputs}: not what this writes")
-                _check_same(f"{self.directory}: begun on other data or models", before, hashes)
+                check_same(f"{self.directory}: begun on other data or models", before, hashes)
             replace_file(inputs, json.dumps(hashes, indent=2) + "\n")
             replace_file(self.directory / "config.yaml", dump_config(config))
         except OSError as error:
@@ -136,7 +136,7 @@ class Run:
         now = json.loads(json.dumps(self._owner))
         before = {key: value for key, value in before.items() if key in now}  # of older versions
         now = {key: value for key, value in now.items() if key in before}
-        _check_same(f"{self._root}: checkpoints of another run", before, now)
+        check_same(f"{self._root}: checkpoints of another run", before, now)
 
     def roll_back(self, learner: Saves) -> dict[str, Any]:
         """`restore` once a roll-back is recorded: from the newest checkpoint that was healthy."""
@@ -255,7 +255,7 @@ def check_unchanged(config: Config, but_for: Sequence[str] = ()) -> None:
     file = run_directory(config) / "config.yaml"
     before, now = _identity(load_config(type(config), [str(file)])), _identity(config)
     before, now = ({k: v for k, v in flat.items() if k not in but_for} for flat in (before, now))
-    _check_same(f"{file.parent}: begun with another configuration", before, now)
+    check_same(f"{file.parent}: begun with another configuration", before, now)
 
 
 def _identity(config: Config) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def _identity(config: Config) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if not PLACEMENT.search(key)}
 
 
-def _check_same(what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+def check_same(what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises ListopdError, begun with `what`, with the keys that differ or that one lacks."""
     none = "none"
     changed = [key for key in {**before, **now} if before.get(key, none) != now.get(key, none)]

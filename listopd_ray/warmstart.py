@@ -33,7 +33,6 @@ from transformers import PreTrainedTokenizerFast
 
 from listopd_ray.cluster import ray_session
 from listopd_ray.config import Config, ModelConfig, WarmstartConfig
-from listopd_ray.model_files import beside_driver
 from listopd_ray.models import (
     build_tokenizer,
     encode_prompt,
@@ -44,7 +43,7 @@ from listopd_ray.models import (
     read_files,
     write_files,
 )
-from listopd_ray.placement import Bundle, reserve
+from listopd_ray.placement import Bundle, beside_driver, reserve
 from listopd_ray.splits import answer_ids, data_directory
 from listopd_ray.supervision import handlers_kept
 from listopd_ray.task.contract import answer_text, ideal_ranking, prompt_text

@@ -61,7 +61,10 @@ def test_a_finished_run_shows_its_table_again_unless_it_is_another(
     copy = dataclasses.replace(config, out=str(tmp_path))
     shutil.copytree(finished_run, tmp_path / config.name)
     (tmp_path / config.name / "config.yaml").write_text(dump_config(copy))
-    for content, said in (("[]", "not what this writes"), ('{"hashes": {}}', "another data")):
+    for content, said in (
+        ("[]", "not what this writes"),
+        ('{"hashes": {}}', r"from other data or models: data \("),
+    ):
         (tmp_path / config.name / "summary.json").write_text(content)
         with pytest.raises(ListopdError, match=said):
             train_job(copy)

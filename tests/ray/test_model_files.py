@@ -34,7 +34,7 @@ def elsewhere(
     """As another machine has it: under the path that it is known by lies something else."""
     there = shutil.copytree(model, tmp_path / "there")
     files = model_files(there)
-    monkeypatch.setattr(module, "_here", lambda: "another machine")
+    monkeypatch.setattr(module, "this_node", lambda: "another machine")
     monkeypatch.setattr(module, "_listing", lambda path: ())
     return files
 
@@ -47,7 +47,7 @@ def test_shared_storage_is_read_where_it_is(
     ray_cluster: None, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = model_files(model)
-    monkeypatch.setattr(module, "_here", lambda: "another machine")
+    monkeypatch.setattr(module, "this_node", lambda: "another machine")
     assert os.fspath(files) == str(model)
 
 

@@ -216,9 +216,9 @@ def jobs(manifests: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str,
 
 
 def test_a_job_is_tried_again_and_leaves_nothing_running(manifests: Any) -> None:
-    jobs = [manifest["spec"] for manifest in manifests if manifest["kind"] == "RayJob"]
-    assert len(jobs) == 3
-    for job in jobs:
+    specs = [manifest["spec"] for manifest in manifests if manifest["kind"] == "RayJob"]
+    assert len(specs) == 3
+    for job in specs:
         assert job["backoffLimit"] >= 1
         assert job["shutdownAfterJobFinishes"] is True
         assert min(job["ttlSecondsAfterFinished"], job["activeDeadlineSeconds"]) > 0
