@@ -206,6 +206,9 @@ class FaultsConfig:
 class TrackingConfig:
     wandb: bool = True  # offline unless WANDB_MODE or WANDB_API_KEY say otherwise
     project: str = "listopd"  # in W&B
+    group: str | None = None  # in W&B; null: the study, search or demo that a run is part of
+    job_type: str = "train"  # in W&B; those of a study, search or demo say so
+    artifact: bool = False  # give W&B the final student too
 
 
 @dataclass(frozen=True)
@@ -343,9 +346,14 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     return result  # type: ignore[return-value]
 
 
+def resolved(config: Any) -> dict[str, Any]:
+    """Every key of a configuration, nested, without secrets."""
+    return redacted(OmegaConf.to_container(OmegaConf.structured(config)))
+
+
 def dump_config(config: Any) -> str:
-    """The resolved configuration as YAML, without secrets; `load_config` reads it back."""
-    return OmegaConf.to_yaml(redacted(OmegaConf.to_container(OmegaConf.structured(config))))
+    """`resolved` as YAML; `load_config` reads it back."""
+    return OmegaConf.to_yaml(resolved(config))
 
 
 def run_directory(config: Config) -> Path:

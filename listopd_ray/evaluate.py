@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
+
+import numpy as np
 
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.splits import Split
 from listopd_ray.task.contract import TokenText, judge
 from listopd_ray.task.metrics import evaluate_judged, evaluation_to_dict
-from listopd_ray.types import Judged, Prompt, Rollout
+from listopd_ray.types import Inspection, Judged, Prompt, Rollout
 
 TAG = "evaluation"  # one occasion: every evaluation of a run draws with the same noise
 
@@ -39,6 +42,39 @@ def evaluate(
 def judge_rollout(rollout: Rollout, text: TokenText) -> Judged:
     completion = text.text(rollout.token_ids)
     return judge(rollout.prompt.id, completion, rollout.prompt.num_items, rollout.finish_reason)
+
+
+def sample_rows(
+    judged: Sequence[Judged], prompts: Sequence[Prompt], text: TokenText
+) -> list[dict[str, Any]]:
+    """Of samples.jsonl: the outputs for the first prompts of an evaluation, as many as `judged`."""
+    return [
+        {
+            "id": output.example_id,
+            "num_items": prompt.num_items,
+            "prompt": text.text(prompt.token_ids),
+            "completion": output.text,
+            "ranking": output.ranking,
+            "reason": output.reason,
+        }
+        for output, prompt in zip(judged, prompts, strict=False)
+    ]
+
+
+def inspection_row(
+    inspection: Inspection, rollouts: Sequence[Rollout], text: TokenText
+) -> dict[str, Any]:
+    """Of updates.jsonl: samples of an update with the advantage (nats) of every token, and
+    histograms. `rollouts`: those of the update, in order."""
+    samples = []
+    for rollout, advantages in zip(rollouts, inspection.advantages, strict=False):
+        row = sample_rows([judge_rollout(rollout, text)], [rollout.prompt], text)[0]
+        # Only an update that is skipped has others; JSON has none.
+        row["advantages"] = [float(a) if np.isfinite(a) else None for a in advantages]
+        row["tokens"] = text.pieces(rollout.token_ids)
+        samples.append(row)
+    histograms = {name: asdict(value) for name, value in inspection.histograms.items()}
+    return {"rollouts": samples, "histograms": histograms}
 
 
 def _judged(parts: list[Generated], text: TokenText) -> list[Judged]:

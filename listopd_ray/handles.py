@@ -23,7 +23,7 @@ from listopd_ray.roles.rollout import Generated, Request
 from listopd_ray.roles.teacher import Scored
 from listopd_ray.supervision import Faults, LearnerLost
 from listopd_ray.team import LOST, Team, Work, why_lost
-from listopd_ray.types import ListopdError, Prompt
+from listopd_ray.types import Inspection, ListopdError, Prompt
 
 
 class StartFailed(ListopdError):  # noqa: N818 - what happened, not what went wrong
@@ -137,6 +137,9 @@ class LearnerHandle:
 
     def step(self, scored: Sequence[Scored], lam: float, lr: float) -> dict[str, float]:
         return self._wait(self._actor.step.remote(lam, lr, *scored))
+
+    def inspect(self) -> Inspection:
+        return self._wait(self._actor.inspect.remote())
 
     def check_scores(self, scored: Sequence[Scored]) -> dict[str, float]:
         return self._wait(self._actor.check_scores.remote(*scored))

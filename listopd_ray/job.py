@@ -79,8 +79,13 @@ def demo_job(config: Config) -> None:
     summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in DEMO_RUNS}
     for seed in config.demo_seeds:
         # The teacher actors are shared and hold the base: λ = 1 gets its diagnostics too.
+        group = config.tracking.group or config.name
         common = dataclasses.replace(
-            config, seed=seed, demo_seeds=[], cliff=CliffConfig(measure=True)
+            config,
+            seed=seed,
+            demo_seeds=[],
+            cliff=CliffConfig(measure=True),
+            tracking=dataclasses.replace(config.tracking, group=group, job_type="demo"),
         )
         configs = {
             name: dataclasses.replace(common, name=f"{config.name}-s{seed}-{name}", **changes)
@@ -155,17 +160,20 @@ def distill(
         teacher = teacher_evaluation(config, prepared, cluster.teacher)
         student = run.directory / "student"
         _export(learner, run, student)
+        seconds = time.perf_counter() - start
+        final = run.final_numbers(results["student"], seconds)
         summary = {
+            "final": final,
             "warm_start": results["warm_start"],
             "teacher": teacher,
             "student": results["student"],
             "lam": config.lam,
-            "mean_lam": run.mean("train/lam"),
+            "mean_lam": final["lam"],
             "clip": config.clip if math.isfinite(config.clip) else None,  # JSON has no infinity
             "extrapolation": config.extrapolation,
             "num_steps": config.num_steps,
             "seed": config.seed,
-            "seconds": time.perf_counter() - start,
+            "seconds": seconds,
             "prediction_sha256": digest,
             "hashes": hashes | {"student": model_hash(student)},
             "version": __version__,

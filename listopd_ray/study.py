@@ -30,7 +30,14 @@ from listopd_ray.cliff.verdict import (
     study_verdict,
 )
 from listopd_ray.cluster import ray_session
-from listopd_ray.config import Config, dump_config, load_config, run_directory, with_values
+from listopd_ray.config import (
+    Config,
+    TrackingConfig,
+    dump_config,
+    load_config,
+    run_directory,
+    with_values,
+)
 from listopd_ray.job_config import Curve, StudyConfig
 from listopd_ray.slots import Slots
 from listopd_ray.splits import data_directory
@@ -247,6 +254,8 @@ def _trials(config: StudyConfig, name: str, curve: Curve, lams: list[float]) -> 
     shared = {
         "out": str(run_directory(config) / "trials"),
         "cliff.measure": True,
+        "tracking.group": config.tracking.group or config.name,
+        "tracking.job_type": "study",
         "prediction": str(_prediction_file(config, name)) if _is_predicted(curve) else None,
     }
     form = ("extrapolation", "delta", "governor")
@@ -303,7 +312,7 @@ def _baselines(config: StudyConfig) -> Iterator[dict[str, Any]]:
 
 
 def _identity(trial: Config) -> str:
-    return repr(replace(trial, name="trial", prediction=None))
+    return repr(replace(trial, name="trial", prediction=None, tracking=TrackingConfig()))
 
 
 def _distinct_inputs(config: StudyConfig, curves: dict[str, Curve]) -> Iterator[Config]:

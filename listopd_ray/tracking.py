@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
@@ -17,12 +17,13 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from listopd_ray.checkpoint import Checkpoints, Saves, sync, writing
-from listopd_ray.config import Config, dump_config, load_config, run_directory
-from listopd_ray.redact import redacted, redacted_text
-from listopd_ray.types import Judged, ListopdError
+from listopd_ray.config import Config, dump_config, load_config, resolved, run_directory
+from listopd_ray.types import ListopdError
+from listopd_ray.wandb_run import WandbRun
 
 TIMING = ("time/", "perf/", "fault/")  # the only metrics in which two equal runs may differ
-PLACEMENT = re.compile(r"^autoscaling_wait_s$|\.(num_cpus|num_gpus)$|\.labels(\.|$)")
+# Where a run runs and what watches it.
+MAY_DIFFER = re.compile(r"^tracking\.|^autoscaling_wait_s$|\.(num_cpus|num_gpus)$|\.labels(\.|$)")
 LOCK_WAIT_S = 20.0  # the actors of a driver that was killed live on for some seconds
 
 
@@ -85,9 +86,8 @@ class Run:
         path = config.checkpoint.path
         root = f"{path.rstrip('/')}/{config.name}" if path else str(self.directory / "checkpoints")
         self._root, self._checkpoints = root, Checkpoints(root, config.checkpoint.keep)
-        self._wandb = _start_wandb(config, self.directory) if config.tracking.wandb else None
-        # What W&B has already is not sent again by the updates that are repeated after a restart.
-        self._known_to_wandb = self._wandb.summary.get("train/step", -1) if self._wandb else -1
+        self._num_tokens = 0.0  # sampled for all updates so far
+        self._wandb = WandbRun(config, self.directory) if config.tracking.wandb else None
 
     def __enter__(self) -> Run:
         return self
@@ -97,7 +97,7 @@ class Run:
     ) -> None:
         self._lock.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+            self._wandb.close(0 if kind is None else 1)
 
     def restore(self, learner: Saves) -> dict[str, Any] | None:
         """State of the newest checkpoint, put into `learner`; what was logged later is cut, but for
@@ -110,11 +110,15 @@ class Run:
             last_step -= 1  # its row is still to come
         for name in ("metrics.jsonl", "samples.jsonl"):
             truncate(self.directory / name, lambda row: row["train/step"] <= last_step)
+        done = state["step"] if state else -1
+        truncate(self.directory / "updates.jsonl", lambda row: row["train/step"] <= done)
         truncate(
             self.directory / "events.jsonl",
             lambda event: event["action"] == "rollback" or event["step"] <= last_step,
         )
-        if len(read_jsonl(self.directory / "metrics.jsonl")) != last_step + 1:
+        rows = read_jsonl(self.directory / "metrics.jsonl")
+        self._num_tokens = sum(row.get("rollout/tokens", 0.0) for row in rows)
+        if len(rows) != last_step + 1:
             raise ListopdError(
                 f"{self.directory}: metrics.jsonl is not that of the checkpoint after update "
                 f"{state['step'] if state else 0} in {self._root}"
@@ -168,37 +172,46 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics after `step` updates: a line of metrics.jsonl and a W&B row."""
-        row = {"train/step": step, **metrics}
+        self._num_tokens += metrics.get("rollout/tokens", 0.0)
+        row = {"train/step": step, "train/tokens": self._num_tokens, **metrics}
         append_rows(self.directory / "metrics.jsonl", [row])
-        if self._wandb is not None and step > self._known_to_wandb:
+        if self._wandb is not None:
             self._wandb.log(row)
         if self._report is not None:
             self._report(row)
 
-    def keep_samples(self, step: int, judged: Sequence[Judged]) -> None:
-        rows = [
-            {
-                "train/step": step,
-                "id": output.example_id,
-                "completion": output.text,
-                "ranking": output.ranking,
-                "reason": output.reason,
-            }
-            for output in judged[: self._config.evaluation.num_samples]
-        ]
-        append_rows(self.directory / "samples.jsonl", rows)
+    def keep_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Outputs of an evaluation."""
+        append_rows(self.directory / "samples.jsonl", [{"train/step": step, **r} for r in rows])
 
-    def mean(self, metric: str) -> float:
-        """Of all steps that logged it."""
+    def keep_update(self, step: int, inspection: dict[str, Any]) -> None:
+        """A closer look at an update: a line of updates.jsonl; tables and histograms in W&B."""
+        row = {"train/step": step, **inspection}
+        append_rows(self.directory / "updates.jsonl", [row])
+        if self._wandb is not None:
+            self._wandb.keep_update(row)
+
+    def final_numbers(self, student: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """What runs are sorted by, under one roof. λ is its mean over the updates; λ* is measured
+        at the first of them, on samples of the warm start (None where no base was loaded, or where
+        teacher and warm start give none)."""
         rows = read_jsonl(self.directory / "metrics.jsonl")
-        values = [row[metric] for row in rows if metric in row]
-        return sum(values) / len(values)
+        lam = fmean(row["train/lam"] for row in rows if "train/lam" in row)
+        star = next((row["cliff/lambda_star"] for row in rows if "cliff/lambda_star" in row), None)
+        return {
+            **{name: student[name] for name in ("parse_rate", "ndcg_at_1", "ndcg_at_k_all")},
+            "lam": lam,
+            "lambda_star": star,
+            "lam_over_lambda_star": lam / star if star else None,
+            "tokens": self._num_tokens,
+            "seconds": seconds,
+        }
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json: with it the run counts as finished."""
         replace_file(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
         if self._wandb is not None:
-            self._wandb.summary.update(summary)
+            self._wandb.finish(summary)
 
 
 def progress_bar(what: str, total: int, initial: int = 0, unit: str = "update") -> tqdm:
@@ -217,38 +230,6 @@ def evaluation_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
     return flat
 
 
-def _start_wandb(config: Config, directory: Path) -> Any:
-    import wandb
-
-    mode = os.environ.get("WANDB_MODE") or (
-        "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    )
-    identity = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:12]
-    arguments = sys.argv  # W&B keeps them
-    sys.argv = list(map(redacted_text, arguments))
-    try:
-        run = wandb.init(
-            project=config.tracking.project,
-            name=config.name,
-            id=identity,  # a resumed run goes on in the same place
-            resume="allow",
-            dir=str(directory),
-            mode=mode,  # type: ignore[arg-type]
-            config=json.loads(json.dumps(_nested(config))),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-    finally:
-        sys.argv = arguments
-    run.define_metric("*", step_metric="train/step")
-    return run
-
-
-def _nested(config: Config) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    return redacted(OmegaConf.to_container(OmegaConf.structured(config)))
-
-
 def check_unchanged(config: Config, but_for: Sequence[str] = ()) -> None:
     """Raises ListopdError, with the keys, where the run was begun with another configuration; keys
     of `but_for` may differ."""
@@ -260,8 +241,8 @@ def check_unchanged(config: Config, but_for: Sequence[str] = ()) -> None:
 
 def _identity(config: Config) -> dict[str, Any]:
     """Every key but those that say where a run runs: it may go on on another cluster."""
-    flat = _flat(_nested(config))
-    return {key: value for key, value in flat.items() if not PLACEMENT.search(key)}
+    flat = flatten(resolved(config))
+    return {key: value for key, value in flat.items() if not MAY_DIFFER.search(key)}
 
 
 def check_same(what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -273,11 +254,11 @@ def check_same(what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
         raise ListopdError(f"{what}: {', '.join(pairs)}")
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from listopd_ray.checkpoint import Files
 from listopd_ray.config import Config, schedule_value
-from listopd_ray.evaluate import Sampler, evaluate, judge_rollout
+from listopd_ray.evaluate import Sampler, evaluate, inspection_row, judge_rollout, sample_rows
 from listopd_ray.ledger import Ledger, admit
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.roles.teacher import Scored
@@ -33,7 +33,7 @@ from listopd_ray.supervision import (
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import PromptStream
 from listopd_ray.tracking import Run, evaluation_metrics, progress_bar
-from listopd_ray.types import ListopdError, Prompt, Rollout
+from listopd_ray.types import Inspection, ListopdError, Prompt, Rollout
 
 if TYPE_CHECKING:  # not at run time: it brings Ray Train along
     from listopd_ray.prepare import Prepared
@@ -55,6 +55,8 @@ class Scorer(Protocol):
 
 class LearnerRole(Protocol):
     def step(self, scored: list[Scored], lam: float, lr: float) -> dict[str, float]: ...
+
+    def inspect(self) -> Inspection: ...
 
     def check_scores(self, scored: list[Scored]) -> dict[str, float]: ...
 
@@ -175,6 +177,10 @@ class Loop:
         metrics |= self._learner.step(scored, lam, lr)
         self._step, self._score = self._step + 1, None
         self._ledger.commit(self._step, generated, dropped)
+        if self._is_due(config.evaluation.every):
+            rollouts = [each.rollout for part in scored for each in part.rollouts]
+            row = inspection_row(self._learner.inspect(), rollouts, self._data.text)
+            self._run.keep_update(self._step, row)
         self._batch = upcoming
         return metrics
 
@@ -259,7 +265,8 @@ class Loop:
     def _assess(self) -> tuple[dict[str, Any], dict[str, float]]:
         data, num_prompts = self._data, self._config.evaluation.num_prompts
         result, judged = evaluate(self._workers, data.evaluation, data.text, num_prompts)
-        self._run.keep_samples(self._step, judged)
+        kept = judged[: self._config.evaluation.num_samples]
+        self._run.keep_samples(self._step, sample_rows(kept, data.evaluation.prompts, data.text))
         return result, evaluation_metrics(result)
 
 

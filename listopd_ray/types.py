@@ -116,6 +116,20 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Histogram:
+    counts: list[int]  # [n]
+    edges: list[float]  # [n + 1], rising
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Inspection:
+    """A closer look at the learner's last update."""
+
+    advantages: list[np.ndarray]  # [T] float32 each (nats), of the first rollouts of the batch
+    histograms: dict[str, Histogram]  # by metric name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
     """One evaluated completion. `ranking` is None where the strict parse failed."""
 

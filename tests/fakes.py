@@ -11,7 +11,7 @@ import numpy as np
 from listopd_ray.checkpoint import digests, fetched, staged
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.roles.teacher import Scored
-from listopd_ray.types import Prompt, Rollout, ScoredRollout
+from listopd_ray.types import Histogram, Inspection, Prompt, Rollout, ScoredRollout
 
 
 def make_rollout(
@@ -163,6 +163,10 @@ class FakeLearner:
             "rollout/staleness": float(max(self.staleness[-1])),
             "rollout/tokens": float(sum(len(r.token_ids) for r in rollouts)),
         }
+
+    def inspect(self):
+        even = Histogram(counts=[1], edges=[0.0, 2.0])
+        return Inspection(advantages=[], histograms={"loss/importance_ratio": even})
 
     def check_scores(self, scored):
         self._events.append(("check_scores", len(scored)))

@@ -26,7 +26,15 @@ from listopd_ray.roles.batching import (
 from listopd_ray.roles.losses import opd_advantages, opd_loss
 from listopd_ray.roles.teacher import Scored
 from listopd_ray.roles.weights import export_tensors
-from listopd_ray.types import CONTRACT_CLASSES, ListopdError, ScoredRollout, StrPath, Weights
+from listopd_ray.types import (
+    CONTRACT_CLASSES,
+    Histogram,
+    Inspection,
+    ListopdError,
+    ScoredRollout,
+    StrPath,
+    Weights,
+)
 
 # Per-token columns of a batch, and the fields of `ScoredRollout` they come from.
 SCORES = {
@@ -40,6 +48,7 @@ BASE_SCORES = {
     "base_modal": "base_modal_logprobs",
     "base_unused": "base_unused_mass",
 }
+LOG_RATIO_EDGES = np.linspace(-math.log(4), math.log(4), 42)  # the bin in the middle is around 0
 
 
 class Learner:
@@ -61,6 +70,7 @@ class Learner:
             fused=True,
         )
         self.policy_version = 0
+        self._last: dict[str, Any] = {}  # of the last update, for `inspect`
 
     def step(self, lam: float, lr: float, *scored: Scored) -> dict[str, float]:
         """One update on all rollouts of `scored`; returns its metrics.
@@ -73,9 +83,10 @@ class Learner:
         rollouts = [rollout for part in scored for rollout in part.rollouts]
         num_tokens = sum(len(r.rollout.token_ids) for r in rollouts)
         lengths = [len(r.rollout.prompt.token_ids) + len(r.rollout.token_ids) for r in rollouts]
-        parts = []
+        parts, order = [], list[int]()
         self._optimizer.zero_grad(set_to_none=True)
         for group in micro_batches(lengths, self._config.learner.micro_batch_size):
+            order += group
             loss, columns = self._loss([rollouts[index] for index in group], lam, num_tokens)
             loss.backward()
             parts.append(columns)
@@ -92,6 +103,12 @@ class Learner:
         self.policy_version += 1
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         measured = _metrics(columns, self._config.clip) | {"loss/grad_norm": grad_norm}
+        ends = np.cumsum([len(rollouts[index].rollout.token_ids) for index in order])
+        self._last = {
+            "advantages": dict(zip(order, np.split(columns["advantage"], ends[:-1]), strict=True)),
+            "log_ratio": columns["learner"] - columns["sampler"],
+            "staleness": staleness,
+        }
         return {
             **{
                 name: value
@@ -104,6 +121,27 @@ class Learner:
             "time/score_s": max(part.seconds for part in scored),
             "time/learn_s": time.perf_counter() - start,
         }
+
+    def inspect(self) -> Inspection:
+        """Of the last update: the advantages of its first `evaluation.num_samples` rollouts, and
+        how importance ratio (π_θ/μ, of tokens; the outermost bins are open) and staleness (of
+        rollouts) are distributed."""
+        last, shown = self._last, range(self._config.evaluation.num_samples)
+        log_ratio = last["log_ratio"][np.isfinite(last["log_ratio"])]
+        inside = np.clip(log_ratio, LOG_RATIO_EDGES[0], LOG_RATIO_EDGES[-1])
+        counts, _ = np.histogram(inside, LOG_RATIO_EDGES)
+        stale = np.bincount(last["staleness"])
+        return Inspection(
+            advantages=[last["advantages"][n] for n in shown if n in last["advantages"]],
+            histograms={
+                "loss/importance_ratio": Histogram(
+                    counts=counts.tolist(), edges=np.exp(LOG_RATIO_EDGES).tolist()
+                ),
+                "rollout/staleness": Histogram(
+                    counts=stale.tolist(), edges=(np.arange(len(stale) + 1) - 0.5).tolist()
+                ),
+            },
+        )
 
     def check_scores(self, *scored: Scored) -> dict[str, float]:
         """The start-up gate: `scored` holds rollouts of the untrained student, scored with the
@@ -263,8 +301,9 @@ def _metrics(columns: dict[str, np.ndarray], clip: float) -> dict[str, float]:
 def _class_metrics(
     columns: dict[str, np.ndarray], gap: np.ndarray, ratio: np.ndarray, bound: float
 ) -> dict[str, Any]:
-    """By contract class: clipping (of `gap`, log π_T − log π_θ, to ±`bound`), sample size, and p, b
-    and q, the masses on the teacher's modal token; and what `threshold.escape` takes."""
+    """By contract class: reverse KL, clipping (of `gap`, log π_T − log π_θ, to ±`bound`), sample
+    size, and p, b and q, the masses on the teacher's modal token; and what `threshold.escape`
+    takes."""
     metrics: dict[str, Any] = {}
     owners = {"teacher": "teacher_modal", "base": "base_modal", "student": "student_modal"}
     for token_class in CONTRACT_CLASSES:
@@ -272,6 +311,7 @@ def _class_metrics(
         if not where.any():
             continue
         name = token_class.name.lower()
+        metrics[f"kl/reverse_{name}"] = -gap[where].mean()
         metrics[f"loss/clip_fraction_{name}"] = (np.abs(gap[where]) >= bound).mean()
         metrics[f"loss/effective_sample_size_{name}"] = _effective_sample_size(ratio[where])
         for owner, column in owners.items():

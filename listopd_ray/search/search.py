@@ -53,7 +53,15 @@ def search_job(config: SearchConfig) -> None:
     directory = run_directory(config)
     if (directory / "config.yaml").exists():
         check_unchanged(config, but_for=MAY_CHANGE)
-    run = with_values(config, {"out": str(directory / "trials"), "prediction": None})
+    run = with_values(
+        config,
+        {
+            "out": str(directory / "trials"),
+            "prediction": None,
+            "tracking.group": config.tracking.group or config.name,
+            "tracking.job_type": "search",
+        },
+    )
     with ray_session():
         hashes = _warm_starts(config, run)
         if config.prediction is not None and not (directory / "prediction.json").exists():
