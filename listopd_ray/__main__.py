@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -12,7 +13,13 @@ from typing import Any
 
 from listopd_ray import __version__
 from listopd_ray.config import Config, describe_keys, load_config
-from listopd_ray.job_config import CalibrateConfig, SearchConfig, StudyConfig
+from listopd_ray.job_config import (
+    CalibrateConfig,
+    CompareConfig,
+    ReportConfig,
+    SearchConfig,
+    StudyConfig,
+)
 from listopd_ray.label import LabelConfig, label_command
 from listopd_ray.rank import RankConfig
 from listopd_ray.redact import redacted_text
@@ -85,6 +92,18 @@ def _search(config: SearchConfig) -> None:
     search_job(config)
 
 
+def _report(run: str, config: ReportConfig) -> None:
+    from listopd_ray.report.page import report_command
+
+    report_command(run, config)
+
+
+def _compare(runs: list[str], config: CompareConfig) -> None:
+    from listopd_ray.report.page import compare_command
+
+    compare_command(runs, config)
+
+
 def _evaluate(model: str, config: Config) -> None:
     from listopd_ray.job import evaluate_job
 
@@ -140,6 +159,22 @@ COMMANDS = {
         details="Writes <out>/<name>/bracket.json and the student of the recommended λ. It starts\n"
         "from prediction=FILE of `listopd calibrate`, or from what it measures itself; the same\n"
         "command again continues. With search.algorithm=grid or optuna: trials over any keys.",
+    ),
+    "report": Command(
+        "one page on a run, study or search: curves, answers, where the time went",
+        ReportConfig,
+        _report,
+        positional="RUN",
+        details="RUN is a directory, finished or not. Writes RUN/report.html, which needs no "
+        "network, and\nreport.md. train, study and search do so when they end.",
+    ),
+    "compare": Command(
+        "one page on several runs, studies or searches side by side",
+        CompareConfig,
+        _compare,
+        positional="RUN…",
+        details="Runs that differ in the seed alone are a group; --group lam,clip makes others.\n"
+        "Writes compare.html and compare.md.",
     ),
     "evaluate": Command(
         "judge a checkpoint on held-out prompts, sampled and greedy",
@@ -220,15 +255,29 @@ def _dispatch(arguments: list[str]) -> None:
     if "--help" in rest or "-h" in rest:
         print(_help(name, command))
         return
-    unknown = [a for a in rest if a.startswith("-")]
-    if unknown:
-        raise ListopdError(f"{unknown[0]}: no such flag; settings are key=value")
+    rest = _without_dashes(rest)
     positional: list[Any] = []
     if command.positional:
-        if not rest or "=" in rest[0] or rest[0].endswith((".yaml", ".yml")):
+        paths = [a for a in rest if "=" not in a and not a.endswith((".yaml", ".yml"))]
+        several = command.positional.endswith("…")
+        if not paths or (not several and rest[0] != paths[0]):
             raise ListopdError(f"{name}: {command.positional} is missing (listopd {name} --help)")
-        positional, rest = [rest[0]], rest[1:]
+        positional = [paths] if several else paths[:1]
+        rest = [a for a in rest if a not in paths] if several else rest[1:]
     command.run(*positional, load_config(command.schema, rest))
+
+
+def _without_dashes(arguments: list[str]) -> list[str]:
+    """`--key=value` and `--key value` as `key=value`."""
+    pairs, queue = [], list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        if argument.startswith("--") and "=" not in argument and queue and "=" not in queue[0]:
+            argument += f"={queue.pop(0)}"
+        if argument.startswith("-") and not re.match(r"--\w.*=", argument):
+            raise ListopdError(f"{argument}: no such flag; settings are key=value")
+        pairs.append(argument.removeprefix("--"))
+    return pairs
 
 
 def _find_command(arguments: list[str]) -> tuple[str, list[str]]:

@@ -21,6 +21,7 @@ from listopd_ray.evaluate import evaluate
 from listopd_ray.handles import LearnerHandle, TeacherPool, make_requests
 from listopd_ray.models import end_ids, load_tokenizer, model_hash
 from listopd_ray.prepare import Prepared, prepare, serving_arguments
+from listopd_ray.report.page import print_link, report_on, write_page
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.slots import Lease
 from listopd_ray.splits import data_directory, load_split
@@ -63,8 +64,10 @@ def train_job(config: Config) -> dict[str, Any]:
         with launch(config, **prepared.cluster_arguments()) as cluster:
             cluster.wait_until_ready()
             summary = distill(config, prepared, cluster)
+        report_on(run_directory(config))
     print_table({config.name: [summary]})
     print(f"run: {run_directory(config)}")
+    print_link(run_directory(config) / "report.html")
     return summary
 
 
@@ -77,6 +80,7 @@ def demo_job(config: Config) -> None:
     if not config.demo_seeds:
         raise ListopdError("demo_seeds: give at least one seed")
     summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in DEMO_RUNS}
+    directories = []
     for seed in config.demo_seeds:
         # The teacher actors are shared and hold the base: λ = 1 gets its diagnostics too.
         group = config.tracking.group or config.name
@@ -96,8 +100,10 @@ def demo_job(config: Config) -> None:
             _run_group(common, unfinished)
         for name, run_config in configs.items():
             summaries[name].append(finished_summary(run_config))
+            directories.append(run_directory(run_config))
     print_table(summaries)
-    print(f"runs: {', '.join(str(run_directory(c)) for c in configs.values())}")
+    print(f"runs: {', '.join(map(str, directories))}")
+    print_link(write_page(directories, Path(config.out) / f"{config.name}.html"))
 
 
 def finished_summary(config: Config) -> dict[str, Any]:

@@ -78,3 +78,18 @@ class SearchConfig(Config):
     """Of `listopd search`: a run's configuration and how its λ is searched."""
 
     search: SearchSection = field(default_factory=SearchSection)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Of `listopd compare`."""
+
+    group: str = ""  # keys by which runs are one group, as lam,clip; none: all but the seed
+    out: str = "compare.html"  # the page; a Markdown table of the same name beside it
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Of `listopd report`."""
+
+    out: str | None = None  # the page; null: report.html in the run's own directory

@@ -33,7 +33,11 @@ def redacted(value: Any, name: str = "") -> Any:
 
 def redacted_text(text: str) -> str:
     """As `redacted`, for a message: `…token=VALUE` loses its value."""
-    secrets = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+    secrets = {
+        value
+        for name, value in os.environ.items()
+        if _SECRET_NAME.search(name) and name not in ("PWD", "OLDPWD")  # the shell's directories
+    }
     for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) >= SHORTEST:
             text = text.replace(secret, HIDDEN)

@@ -39,6 +39,7 @@ from listopd_ray.config import (
     with_values,
 )
 from listopd_ray.job_config import Curve, StudyConfig
+from listopd_ray.report.page import print_link, report_on
 from listopd_ray.slots import Slots
 from listopd_ray.splits import data_directory
 from listopd_ray.study_report import write_report
@@ -78,6 +79,7 @@ def study_job(config: StudyConfig) -> None:
                 failed += run_curve(config, name, curve, slots, predictor)
         report(config, list(_baselines(config)) if study.baselines else [])
     print(f"study: {directory}")
+    print_link(report_on(directory))
     if failed:
         raise ListopdError(
             f"{len(failed)} trials failed, the first ({failed[0][0]}): {failed[0][1]}; "

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from listopd_ray.config import Config, run_directory, with_values
 from listopd_ray.job_config import SearchConfig
+from listopd_ray.report.page import print_link, report_on
 from listopd_ray.search.tuning import PARSE_RATE, CollapseStopper, exact, mark_stopped, run_tune
 from listopd_ray.slots import Slots
 from listopd_ray.tracking import read_jsonl, replace_file
@@ -132,6 +133,7 @@ def run_space(config: SearchConfig, run: Config, slots: Slots) -> None:
         )
     rich.print(_table(config, trials.rows))
     print(f"search: {directory}")
+    print_link(report_on(directory))
     if trials.failed:
         raise ListopdError(
             f"{len(trials.failed)} trials failed, the first ({trials.failed[0]['name']}): "

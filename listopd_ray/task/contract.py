@@ -115,6 +115,18 @@ def _refuse_constant(name: str) -> None:
 _DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=_refuse_constant)
 
 
+def first_violation(text: str, num_items: int) -> int | None:
+    """Index of the first character that breaks the contract: `len(text)` where it ends too early,
+    None where the whole completion keeps it."""
+    place = _Place(num_items=num_items, unused=frozenset(range(1, num_items + 1)))
+    for index, char in enumerate(text):
+        _, following = _read_char(place, char)
+        if following is None:
+            return index
+        place = following
+    return None if place.closed == len(CLOSING) else len(text)
+
+
 # Token classes
 
 

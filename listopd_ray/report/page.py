@@ -1,0 +1,388 @@
+"""`listopd report` and `listopd compare`: one HTML page that needs nothing else, and a Markdown
+table beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import jinja2
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from listopd_ray import __version__
+from listopd_ray.job_config import CompareConfig, ReportConfig
+from listopd_ray.report import figures
+from listopd_ray.report.figures import Point, against_lam, points_of, styles, thinned
+from listopd_ray.report.groups import (
+    SYMBOLS,
+    Group,
+    differing_keys,
+    group_runs,
+    mean_curve,
+    spread,
+)
+from listopd_ray.report.runs import RunData, as_json, find_runs, json_or_none, read_runs
+from listopd_ray.task.contract import first_violation
+from listopd_ray.tracking import read_jsonl, replace_file
+from listopd_ray.types import ListopdError
+
+RESULTS = {  # of a run's final numbers
+    "parse_rate": "strict parse",
+    "ndcg_at_1": "NDCG@1 of parsed",
+    "ndcg_at_k_all": "NDCG@K, unparsed 0",
+    "lam_over_lambda_star": "λ/λ*",
+    "tokens": "tokens",
+    "seconds": "seconds",
+}
+WHOLE = ("tokens", "seconds")  # shown without decimals
+EVALUATIONS = {
+    "parse_rate": "strict parse",
+    "ndcg_at_1": "NDCG@1 of parsed",
+    "ndcg_at_k": "NDCG@K of parsed",
+    "kendall_tau": "Kendall τ of parsed",
+    "ndcg_at_k_all": "NDCG@K, unparsed 0",
+}
+MOST_SAMPLES = 6  # prompts shown
+MOST_SIDES = 5  # groups whose completions stand side by side
+
+
+def compare_command(paths: list[str], config: CompareConfig) -> None:
+    keys = [key.strip() for key in config.group.split(",") if key.strip()]
+    out = write_page([Path(path) for path in paths], Path(config.out), keys)
+    print(f"table: {out.with_suffix('.md')}")
+    print_link(out)
+
+
+def report_command(path: str, config: ReportConfig) -> None:
+    print_link(report_on(Path(path), Path(config.out) if config.out else None))
+
+
+def report_on(directory: Path, out: Path | None = None) -> Path:
+    """The page of one run, study or search; by default `report.html` in its directory."""
+    return write_page([directory], out or directory / "report.html")
+
+
+def print_link(page: Path) -> None:
+    """As terminals make it one, where there is such a file."""
+    if page.exists():
+        print(f"report: {page.absolute().as_uri()}")
+
+
+def write_page(paths: Sequence[Path], out: Path, keys: Sequence[str] = ()) -> Path:
+    """The page `out` of all runs among `paths`, and its table as Markdown; `keys`: those that make
+    a group, none: every one in which runs differ but the seed.
+
+    Raises ListopdError where a path holds no run, a file is not what a run writes, or `out` cannot
+    be written.
+    """
+    if out.suffix != ".html":
+        raise ListopdError(f"out: {out}: must end in .html")
+    if not out.absolute().parent.is_dir():
+        raise ListopdError(f"out: {out}: no directory {out.parent}")
+    runs = read_runs(find_runs(paths))
+    groups = group_runs(runs, list(keys) or differing_keys(runs))
+    names = [path.resolve().name for path in paths]
+    title = names[0] if len(names) == 1 else f"{len(runs)} runs compared"
+    context = {
+        "title": title,
+        "version": __version__,
+        "headline": _headline(groups),
+        "charts": [*_lam_charts(paths, groups)],
+        "tests": _tests(paths),
+        "evaluations": _evaluations(runs[0]) if len(runs) == 1 else [],
+        "evaluation_columns": EVALUATIONS,
+        "keys": list(groups[0].values),
+        "symbols": SYMBOLS,
+        "results": _results(groups),
+        "result_columns": RESULTS,
+        "digits": {name: 0 if name in WHOLE else 3 for name in RESULTS},
+        "legend": _legend(groups),
+        "axes": [_token_axis(group) for group in groups],
+        "curves": [*map(_chart, *_transposed(figures.learning_curves(groups)))],
+        "classes": [*map(_chart, *_transposed(figures.by_class(groups)))],
+        "stages": _chart("seconds an update, by stage", figures.stage_seconds(groups)),
+        "samples": _samples(groups),
+        "taught": _taught(runs[0]) if len(runs) == 1 else [],
+        "histograms": [],
+        "events": [(run.name, event) for run in runs for event in run.events],
+        "runs": [_provenance(run, out) for run in runs],
+        "config": runs[0].config if len(runs) == 1 else {},
+        "plotly": get_plotlyjs(),
+    }
+    if len(runs) == 1 and runs[0].inspection:
+        pairs = figures.histograms(runs[0].inspection)
+        context["histograms"] = [*map(_chart, *_transposed(pairs))]
+    replace_file(out, _template().render(context))
+    replace_file(out.with_suffix(".md"), _markdown(context))
+    return out
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["cell"] = as_json
+    return environment.get_template("page.html")
+
+
+def _transposed(pairs: Iterator[tuple[str, go.Figure]]) -> tuple[list[str], list[go.Figure]]:
+    titles, charts = [], []
+    for title, chart in pairs:
+        titles.append(title)
+        charts.append(chart)
+    return titles, charts
+
+
+def _chart(title: str, figure: go.Figure) -> dict[str, Any]:
+    """Title and the JSON that plotly.js takes; nothing in it can end the script it stands in."""
+    figure.update_layout(template="none")
+    text = figure.to_json().replace("<", "\\u003c").replace(">", "\\u003e")
+    height = figure.layout.height or 300
+    return {"title": title, "json": text.replace("&", "\\u0026"), "height": height}
+
+
+def _headline(groups: Sequence[Group]) -> str:
+    runs = [run for group in groups for run in group.runs]
+    finished = [run for run in runs if run.summary is not None]
+    if len(runs) == 1:
+        run = runs[0]
+        total = run.config["num_steps"]
+        if run.summary is None:
+            return f"not finished: {run.num_updates} of {total} updates"
+        before, after = (run.summary[who]["parse_rate"] for who in ("warm_start", "student"))
+        text = f"strict parse {before:.1%} → {after:.1%} in {total} updates"
+        ratio = run.final("lam_over_lambda_star")
+        return text + (f", at λ/λ* = {ratio:.2f}" if ratio else "")
+    seeds = len({run.config["seed"] for run in runs})
+    counted = f"{len(runs)} runs in {len(groups)} groups, {seeds} seed{'s' if seeds > 1 else ''}"
+    open_ends = len(runs) - len(finished)
+    return counted + (f"; {open_ends} not finished" if open_ends else "")
+
+
+def _lam_charts(paths: Sequence[Path], groups: Sequence[Group]) -> Iterator[dict[str, str]]:
+    """Strict parse and NDCG@1 against λ, with λ* and what was measured: of the curves of a study,
+    of a search, and of anything else that varies λ."""
+    if len(paths) == 1 and (verdict := json_or_none(paths[0] / "verdict.json")):
+        yield from _study_charts(paths[0], verdict)
+        return
+    points = points_of(groups)
+    if len({point.lam for point in points}) < 2:
+        return
+    if len(paths) == 1 and (outcome := json_or_none(paths[0] / "bracket.json")):
+        predicted = outcome["prediction"]
+        low, high = outcome["low"], outcome["high"]
+        star = {
+            "label": "λ* predicted",
+            "value": predicted["lambda_star"],
+            "low": predicted["lambda_star_low"],
+            "high": predicted["lambda_star_high"],
+        }
+        onset = f"({low:g}, {'∞' if high is None else f'{high:g}'}]"
+        inside = {True: "inside", False: "not inside", None: "not judged"}[outcome["inside"]]
+        yield _chart(
+            f"strict parse breaks in {onset}, c = {outcome['clip']:g}; predicted λ*: {inside}",
+            against_lam(points, stars=[star], onset=(low, high)),
+        )
+        yield _chart("how the bracket closed", figures.bracketing(outcome))
+        return
+    measured: dict[float, list[float]] = {}  # by c
+    for group in groups:
+        clip = float(group.runs[0].config["clip"])
+        measured.setdefault(clip, []).extend(group.finals("lambda_star"))
+    stars = [
+        {"label": f"λ* at c = {clip:g}:", "value": fmean(v), "low": min(v), "high": max(v)}
+        for clip, v in sorted(measured.items())
+        if v
+    ]
+    yield _chart("strict parse and NDCG@1 against λ", against_lam(points, stars=stars[:4]))
+
+
+def _study_charts(directory: Path, verdict: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """A chart a curve, in the study's order."""
+    rows = [row for row in read_jsonl(directory / "trials.jsonl") if row["lam"] is not None]
+    for curve in dict.fromkeys(row["curve"] for row in rows):
+        own = [row for row in rows if row["curve"] == curve]
+        points = [
+            Point("", r["lam"], r["parse_rate"], r["ndcg_at_1"], f"seed {r['seed']}") for r in own
+        ]
+        tests = [t for t in verdict["tests"] if t["name"].rsplit(" ", 1)[0] == curve]
+        stars = [
+            {
+                "label": f"predicted, {test['kind']}:",
+                "value": test["predicted"],
+                "low": test["predicted_low"],
+                "high": test["predicted_high"],
+            }
+            for test in tests
+        ]
+        measured = verdict["curves"].get(curve)
+        onset = (measured["low"], measured["high"]) if measured else None
+        title = f"{curve}: c = {own[0]['clip']:g}, {own[0]['num_steps']} updates"
+        yield _chart(title, against_lam(points, stars=stars[:4], onset=onset))
+
+
+def _tests(paths: Sequence[Path]) -> list[dict[str, str]]:
+    """The rows of a study's predictions."""
+    verdict = json_or_none(paths[0] / "verdict.json") if len(paths) == 1 else None
+    rows = []
+    for test in verdict["tests"] if verdict else ():
+        low, high = test["measured_low"], test["measured_high"]
+        value = "–" if test["predicted"] is None else f"{test['predicted']:.3f}"
+        if test["predicted_low"] is not None and test["predicted_high"] is not None:
+            value += f" [{test['predicted_low']:.3f}, {test['predicted_high']:.3f}]"
+        rows.append(
+            {
+                "prediction": test["name"],
+                "c": f"{test['clip']:g}",
+                "updates": str(test["num_steps"]),
+                "predicted λ": value,
+                "measured onset": f"> {low:g}" if high is None else f"({low:g}, {high:g}]",
+                "inside": {True: "yes", False: "no", None: test.get("why", "–")}[test["inside"]],
+            }
+        )
+    return rows
+
+
+def _evaluations(run: RunData) -> list[dict[str, Any]]:
+    """Warm start, teacher and student on the held-out prompts, sampled and greedy."""
+    rows = []
+    for who in ("warm_start", "teacher", "student") if run.summary else ():
+        evaluation = run.summary[who] if run.summary else {}
+        for how, part in (("sampled", evaluation), ("greedy", evaluation["greedy"])):
+            cells = [(part[name], part[f"{name}_interval"]) for name in EVALUATIONS]
+            rows.append({"who": who.replace("_", " "), "how": how, "cells": cells})
+    return rows
+
+
+def _results(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """A row a group: what differs, how many runs, and the final numbers over the seeds."""
+    rows = []
+    for group in groups:
+        ended = sum(run.summary is not None for run in group.runs)
+        all_runs = len(group.runs)
+        rows.append(
+            {
+                "values": [group.values[key] for key in group.values],
+                "label": group.label,
+                "runs": f"{all_runs}" if ended == all_runs else f"{ended} of {all_runs}",
+                "numbers": {name: spread(group.finals(name)) for name in RESULTS},
+            }
+        )
+    return rows
+
+
+def _legend(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Families and their groups with colours; of many groups one family shows at first."""
+    first = groups[0].family if len(groups) > figures.MOST_BANDS else None
+    families: dict[str, list[dict[str, Any]]] = {}
+    for index, (group, (colour, _)) in enumerate(zip(groups, styles(groups), strict=True)):
+        on = first is None or group.family == first
+        entry = {"index": index, "label": group.short_label, "colour": colour, "on": on}
+        families.setdefault(group.family, []).append(entry)
+    return [{"family": name, "groups": entries} for name, entries in families.items()]
+
+
+def _token_axis(group: Group) -> dict[str, list[float]]:
+    """Generated tokens (mean over runs) at a few updates, for the page to interpolate."""
+    steps, tokens, *_ = mean_curve(group, "train/tokens")
+    kept = thinned(len(steps), 60)
+    return {"steps": steps[kept].tolist(), "tokens": tokens[kept].tolist()} if len(steps) else {}
+
+
+def _samples(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """The same held-out prompts answered by several groups, one run each."""
+    family = max(groups, key=lambda g: sum(other.family == g.family for other in groups)).family
+    able = [g for g in groups if g.family == family and any(run.samples for run in g.runs)]
+    able = [able[int(index)] for index in thinned(len(able), MOST_SIDES)] if able else []
+    sides = [(group, next(run for run in group.runs if run.samples)) for group in able]
+    by_id = [{row["id"]: row for row in run.samples} for _, run in sides]
+    common = [key for key in (by_id[0] if by_id else ()) if all(key in rows for rows in by_id)]
+    return [
+        {
+            "id": key,
+            "prompt": by_id[0][key].get("prompt"),
+            "answers": [
+                {
+                    "label": group.short_label,
+                    "about": f"seed {run.config['seed']}, update {run.num_updates}",
+                    **_marked(rows[key], run),
+                }
+                for (group, run), rows in zip(sides, by_id, strict=True)
+            ],
+        }
+        for key in common[:MOST_SAMPLES]
+    ]
+
+
+def _marked(row: Mapping[str, Any], run: RunData) -> dict[str, Any]:
+    """A completion in three parts: what keeps the contract, the character that breaks it first (or
+    a sign of the end), and what follows."""
+    text, reason = row["completion"], row["reason"]
+    num_items = row.get("num_items")
+    if num_items is None:  # of older runs
+        lengths = [len(other["ranking"]) for other in run.samples if other["ranking"]]
+        num_items = max(lengths, default=0)
+    at = first_violation(text, num_items) if reason is not None and num_items else None
+    if reason is not None and at is None:
+        at = len(text)
+    if at is None:
+        return {"before": text, "mark": "", "after": "", "reason": None}
+    mark = text[at] if at < len(text) else "⏏ cut off" if reason == "truncated" else "⏏ ends here"
+    return {"before": text[:at], "mark": mark, "after": text[at + 1 :], "reason": reason}
+
+
+def _taught(run: RunData) -> list[dict[str, Any]]:
+    """Training samples with the advantage of every token, as a share of the largest."""
+    rollouts = run.inspection["rollouts"] if run.inspection else []
+    known = [abs(a) for row in rollouts for a in row["advantages"] if a is not None]
+    largest = max(known, default=0.0) or 1.0
+    return [
+        {
+            "id": row["id"],
+            "prompt": row["prompt"],
+            "reason": row["reason"],
+            "tokens": [
+                {"text": text, "advantage": a, "share": abs(a or 0.0) / largest}
+                for text, a in zip(row["tokens"], row["advantages"], strict=True)
+            ],
+        }
+        for row in rollouts[:MOST_SAMPLES]
+    ]
+
+
+def _provenance(run: RunData, out: Path) -> dict[str, Any]:
+    summary = run.summary or {}
+    return {
+        "name": run.name,
+        "path": str(run.directory),
+        "seed": run.config["seed"],
+        "updates": f"{run.num_updates} of {run.config['num_steps']}",
+        "version": summary.get("version", "–"),
+        "hashes": {name: str(v)[:12] for name, v in summary.get("hashes", {}).items()},
+    }
+
+
+def _markdown(context: Mapping[str, Any]) -> str:
+    """The table of results, for a README or a pull request."""
+    heads = [SYMBOLS.get(key, key) for key in context["keys"]]
+    columns = [*heads, "runs", *RESULTS.values()]
+    lines = [f"# {_text(context['title'])}", "", context["headline"], ""]
+    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in context["results"]:
+        numbers = [n.text(context["digits"][name]) for name, n in row["numbers"].items()]
+        cells = [*map(as_json, row["values"]), row["runs"], *numbers]
+        lines.append("| " + " | ".join(map(_text, cells)) + " |")
+    if context["tests"]:
+        columns = list(context["tests"][0])
+        lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        lines += ["| " + " | ".join(map(_text, row.values())) + " |" for row in context["tests"]]
+    return "\n".join([*lines, ""])
+
+
+def _text(cell: str) -> str:
+    """Markdown's table marks, and HTML, as plain characters."""
+    return cell.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
