@@ -18,8 +18,10 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 
 def check_equal(run: Path, other: Path) -> None:
-    """Metrics, samples learnt from, and weights, to the last bit."""
+    """Metrics, samples and weights, to the last bit."""
     assert metrics_of(run) == metrics_of(other)
+    for name in ("samples.jsonl", "updates.jsonl"):
+        assert read_jsonl(run / name) == read_jsonl(other / name)
     weights = [load_file(path / "student" / "model.safetensors") for path in (run, other)]
     assert set(weights[0]) == set(weights[1])
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[1])

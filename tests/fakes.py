@@ -151,6 +151,7 @@ class FakeLearner:
             raise Interrupted
         self._events.append(("learner.step", self.policy_version))
         rollouts = [scored.rollout for part in scored for scored in part.rollouts]
+        self._last = rollouts
         self.batches.append([rollout.prompt.id for rollout in rollouts])
         self.staleness.append({self.policy_version - r.policy_version for r in rollouts})
         signal = float(np.mean([int(r.token_ids.sum()) % 7 for r in rollouts]))
@@ -165,8 +166,11 @@ class FakeLearner:
         }
 
     def inspect(self):
-        even = Histogram(counts=[1], edges=[0.0, 2.0])
-        return Inspection(advantages=[], histograms={"loss/importance_ratio": even})
+        even = Histogram(counts=[len(self._last)], edges=[0.0, 2.0])
+        return Inspection(
+            advantages=[np.full(len(r.token_ids), self.theta) for r in self._last[:2]],
+            histograms={"loss/importance_ratio": even},
+        )
 
     def check_scores(self, scored):
         self._events.append(("check_scores", len(scored)))

@@ -97,6 +97,7 @@ def group_runs(runs: Sequence[RunData], keys: Sequence[str]) -> list[Group]:
         family = label_of({key: value for key, value in told.items() if key != "lam"})
         lams_of.setdefault(family, set()).add(as_json(values.get("lam")))
         parts.append((values, told, family, same))
+    family_count = len(lams_of)
     over_lam = any(len(lams) > 1 for lams in lams_of.values())
     groups = []
     for values, told, family, same in parts:
@@ -104,8 +105,15 @@ def group_runs(runs: Sequence[RunData], keys: Sequence[str]) -> list[Group]:
         alone = same[0].name if len(runs) == 1 else "all runs"
         label = label_of(told) or ("as most" if len(members) > 1 else alone)
         short = label_of({"lam": values["lam"]}) if over_lam else label
+        if family_count > 1:
+            family = family or "as most"
         groups.append(Group(label, family if over_lam else "", short, values, same))
     return sorted(groups, key=lambda group: [_order(group.values[key]) for key in reversed(keys)])
+
+
+def largest_family(groups: Sequence[Group]) -> str:
+    """That of the most groups, the first of several."""
+    return Counter(group.family for group in groups).most_common(1)[0][0]
 
 
 def label_of(values: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from listopd_ray.report.groups import (
     Group,
     differing_keys,
     group_runs,
+    largest_family,
     mean_curve,
     spread,
 )
@@ -237,11 +238,11 @@ def _tests(paths: Sequence[Path]) -> list[dict[str, str]]:
         rows.append(
             {
                 "prediction": test["name"],
-                "c": f"{test['clip']:g}",
-                "updates": str(test["num_steps"]),
+                "inside": {True: "yes", False: "no", None: test.get("why", "–")}[test["inside"]],
                 "predicted λ": value,
                 "measured onset": f"> {low:g}" if high is None else f"({low:g}, {high:g}]",
-                "inside": {True: "yes", False: "no", None: test.get("why", "–")}[test["inside"]],
+                "c": f"{test['clip']:g}",
+                "updates": str(test["num_steps"]),
             }
         )
     return rows
@@ -277,7 +278,7 @@ def _results(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 def _legend(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Families and their groups with colours; of many groups one family shows at first."""
-    first = groups[0].family if len(groups) > figures.MOST_BANDS else None
+    first = largest_family(groups) if len(groups) > figures.MOST_BANDS else None
     families: dict[str, list[dict[str, Any]]] = {}
     for index, (group, (colour, _)) in enumerate(zip(groups, styles(groups), strict=True)):
         on = first is None or group.family == first
@@ -295,7 +296,7 @@ def _token_axis(group: Group) -> dict[str, list[float]]:
 
 def _samples(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """The same held-out prompts answered by several groups, one run each."""
-    family = max(groups, key=lambda g: sum(other.family == g.family for other in groups)).family
+    family = largest_family(groups)
     able = [g for g in groups if g.family == family and any(run.samples for run in g.runs)]
     able = [able[int(index)] for index in thinned(len(able), MOST_SIDES)] if able else []
     sides = [(group, next(run for run in group.runs if run.samples)) for group in able]

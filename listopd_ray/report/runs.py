@@ -47,6 +47,7 @@ COLUMNS = (  # of metrics.jsonl, that a report shows
     *(f"eval/{name}" for name in EVALUATED),
     *(f"{metric}_{token_class}" for metric in BY_CLASS for token_class in CLASSES),
 )
+SCHEMA = pa.schema([(name, pa.float64()) for name in COLUMNS])
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,20 +153,18 @@ def read_columns(file: Path) -> dict[str, np.ndarray]:
     content = content[: content.rfind(b"\n") + 1]
     if not content:
         return {name: np.empty(0) for name in COLUMNS}
-    block = pa.json.ReadOptions(use_threads=False, block_size=len(content))
-    try:  # one block: types are inferred from all rows
-        table = pa.json.read_json(io.BytesIO(content), block)
-        columns = {
-            name: table[name].cast(pa.float64()).to_numpy()
-            for name in COLUMNS
-            if name in table.column_names
-        }
-        steps = columns["train/step"]
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError) as error:
+    try:
+        table = pa.json.read_json(
+            io.BytesIO(content),
+            pa.json.ReadOptions(use_threads=False, block_size=len(content)),
+            pa.json.ParseOptions(explicit_schema=SCHEMA, unexpected_field_behavior="ignore"),
+        )
+    except pa.ArrowInvalid as error:
         reason = str(error).splitlines()[0]
         raise ListopdError(f"{file}: not the metrics of a run: {reason}") from None
-    missing = np.full(len(steps), np.nan)
-    columns = {name: columns.get(name, missing) for name in COLUMNS}
+    columns = {name: table[name].to_numpy() for name in COLUMNS}
+    if np.isnan(columns["train/step"]).any():
+        raise ListopdError(f"{file}: not the metrics of a run: a row without train/step")
     if np.isnan(columns["train/tokens"]).all():  # written before it was kept
         columns["train/tokens"] = np.nancumsum(columns["rollout/tokens"])
     return columns

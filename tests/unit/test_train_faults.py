@@ -150,6 +150,7 @@ def test_a_run_whose_learner_dies_equals_the_undisturbed_one(
     assert outcome.results == whole.results
     assert rows(broken) == rows(config)
     assert rows(broken, "samples.jsonl") == rows(config, "samples.jsonl")
+    assert rows(broken, "updates.jsonl") == rows(config, "updates.jsonl")
     taken = committed(ledger(broken))
     assert without_incarnations(taken) == without_incarnations(committed(ledger(config)))
     assert {row["incarnation"] for row in taken.values()} <= {1, 2}
@@ -205,6 +206,7 @@ def test_a_run_interrupted_at_any_wait_keeps_a_checkpoint_and_goes_on_to_the_sam
         assert outcome.results == whole.results
         assert rows(broken) == rows(config)
         assert rows(broken, "samples.jsonl") == rows(config, "samples.jsonl")
+        assert rows(broken, "updates.jsonl") == rows(config, "updates.jsonl")
         after = committed(ledger(broken))
         assert {n: after[n] for n in before} == before  # nothing is done again
         assert without_incarnations(after) == without_incarnations(committed(ledger(config)))

@@ -207,7 +207,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     resumed = start(broken)
     assert resumed.learner.theta == whole.learner.theta
     assert resumed.results == whole.results
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "updates.jsonl"):
         assert rows(broken, name) == rows(config, name)
     summaries = [f"{c.out}/{c.name}/summary.json" for c in (config, broken)]
     assert len({open(file).read() for file in summaries}) == 1  # noqa: SIM115
@@ -381,7 +381,7 @@ def test_a_collapse_that_only_the_last_evaluation_shows_is_rolled_back_too(colla
 def same_files(config, other):
     return all(
         rows(config, name) == rows(other, name)
-        for name in ("metrics.jsonl", "samples.jsonl", "events.jsonl")
+        for name in ("metrics.jsonl", "samples.jsonl", "updates.jsonl", "events.jsonl")
     )
 
 
