@@ -12,7 +12,7 @@ from typing import Any
 
 from listopd_ray import __version__
 from listopd_ray.config import Config, describe_keys, load_config
-from listopd_ray.job_config import CalibrateConfig, SearchConfig, StudyConfig
+from listopd_ray.job_config import CalibrateConfig, SearchConfig, StudyConfig, WatchConfig
 from listopd_ray.label import LabelConfig, label_command
 from listopd_ray.rank import RankConfig
 from listopd_ray.redact import redacted_text
@@ -85,6 +85,12 @@ def _search(config: SearchConfig) -> None:
     search_job(config)
 
 
+def _watch(run: str, config: WatchConfig) -> None:
+    from listopd_ray.watch import watch
+
+    watch(run, config)
+
+
 def _evaluate(model: str, config: Config) -> None:
     from listopd_ray.job import evaluate_job
 
@@ -140,6 +146,14 @@ COMMANDS = {
         details="Writes <out>/<name>/bracket.json and the student of the recommended λ. It starts\n"
         "from prediction=FILE of `listopd calibrate`, or from what it measures itself; the same\n"
         "command again continues. With search.algorithm=grid or optuna: trials over any keys.",
+    ),
+    "watch": Command(
+        "follow a run, a study or a search while it runs",
+        WatchConfig,
+        _watch,
+        positional="RUN",
+        details="RUN is its directory, here or on storage shared with the machine it runs on. Ends "
+        "when what it\nwatches is finished. Where standard output is no terminal: a line a change.",
     ),
     "evaluate": Command(
         "judge a checkpoint on held-out prompts, sampled and greedy",

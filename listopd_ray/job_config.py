@@ -78,3 +78,11 @@ class SearchConfig(Config):
     """Of `listopd search`: a run's configuration and how its λ is searched."""
 
     search: SearchSection = field(default_factory=SearchSection)
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Of `listopd watch`."""
+
+    every_s: float = 2.0  # s between looks
+    once: bool = False  # print the state and leave
