@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from listopd_ray import __version__
@@ -20,6 +21,8 @@ from listopd_ray.supervision import Interrupted
 from listopd_ray.task.amazon import AmazonConfig, write_amazon
 from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic
 from listopd_ray.types import ListopdError
+
+SHOWN_AFTER_S = 2.0  # a bar of what may be done in no time
 
 USAGE = """usage: listopd <command> [conf.yaml …] [key=value …]
 
@@ -43,7 +46,13 @@ def _data_synthetic(config: SyntheticConfig) -> None:
 
 
 def _data_amazon(config: AmazonConfig) -> None:
-    print(write_amazon(config))
+    from listopd_ray.tracking import progress_bar
+
+    files = [Path(file) for file in (config.meta, config.reviews) if file]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    with progress_bar("read", size, unit="B", delay=SHOWN_AFTER_S) as bar:
+        written = write_amazon(config, bar.update)
+    print(written)
 
 
 def _warmstart(config: Config) -> None:

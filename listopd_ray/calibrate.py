@@ -55,7 +55,6 @@ def calibrate_job(config: CalibrateConfig) -> dict[str, Any]:
         plain = with_values(config, {"cliff.measure": True})
         prepared = prepare(plain)
         with launch(plain, **prepared.cluster_arguments()) as cluster:
-            cluster.wait_until_ready()
             measured = measure_run(plain, prepared, cluster)
         prediction = make_prediction([measured], config.clip)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from listopd_ray.config import Config, load_config
-from listopd_ray.job_config import SearchConfig, StudyConfig
+from listopd_ray.job_config import SearchConfig, SearchSection, StudyConfig
 from listopd_ray.search.bracket import Bracket, bracket_of
 from listopd_ray.tracking import read_json, read_jsonl
 from listopd_ray.types import ListopdError
@@ -229,7 +229,7 @@ class JobView:
         else:
             rows = read_jsonl(self.directory / "trials.jsonl")
             self.done = sum("error" not in row for row in rows)
-            self.total = num_trials(self.config)
+            self.total = num_trials(self.config.search)
             self._is_finished = self.done >= self.total
         self.states = dict.fromkeys(self.summaries, "finished")
         self.states |= {name: self._state_of(trial) for name, trial in self.trials.items()}
@@ -333,10 +333,10 @@ def open_view(directory: Path, clock: Callable[[], float] = time.time) -> RunVie
     return RunView(directory, clock)
 
 
-def num_trials(config: SearchConfig) -> int:
+def num_trials(search: SearchSection) -> int:
     """Of a search over a space: every point of its grid `num_samples` times."""
-    grids = [spec.get("grid_search", [None]) for spec in config.search.space.values()]
-    return config.search.num_samples * math.prod(map(len, grids))
+    grids = [spec.get("grid_search", [None]) for spec in search.space.values()]
+    return search.num_samples * math.prod(map(len, grids))
 
 
 def is_held(directory: Path) -> bool:
