@@ -107,7 +107,8 @@ class RunView:
         for row in rows:
             self._take(row)
         self.changed = max(_changed(self.directory / "metrics.jsonl"), begun)
-        self.events = read_jsonl(self.directory / "events.jsonl")
+        events = read_jsonl(self.directory / "events.jsonl")
+        self.events = [event for event in events if isinstance(event, dict)]
         if is_cut or begun != self.begun:
             # Of a first look at a run that is older than its sitting nothing is known before now.
             is_whole = is_first and not self.restarts and not self._is_rolled_back()
@@ -208,6 +209,7 @@ class JobView:
         self.total: int | None = None  # None: not known before its end
         self.done = 0
         self.bracket: Bracket | None = None
+        self.predicted: float | None = None  # λ*
         self._collapsed: set[tuple[Any, int]] = set()  # (λ, seed)
         self._is_finished = self._is_held = False
 
@@ -216,14 +218,18 @@ class JobView:
             trial, name = file.parent, file.parent.name
             summary = trial / "summary.json"
             if name not in self.summaries and summary.exists():
-                self.summaries[name] = read_json(summary, str(summary))
+                self.summaries[name] = _trial_summary(summary)
                 self._ended[name] = _changed(summary)
                 self.trials.pop(name, None)
             elif name not in self.summaries:
                 self.trials.setdefault(name, RunView(trial, self._clock)).look()
         self._is_held = is_held(self.directory)
         if isinstance(self.config, StudyConfig):
-            self._look_at_study(self.config)
+            try:
+                self._look_at_study(self.config)
+            except (KeyError, TypeError, AttributeError):
+                files = "trials.jsonl, predictions/"
+                raise ListopdError(f"{self.directory}: {files}: not what a study writes") from None
         elif self.config.search.algorithm == "bracket":
             self._look_at_bracket(self.config)
         else:
@@ -262,6 +268,7 @@ class JobView:
         state = read_json(state_file, str(state_file))
         try:
             prediction = read_json(prediction_file, str(prediction_file))
+            self.predicted = prediction["lambda_star"]
             self.bracket = bracket_of(config.search, prediction, state)
         except (KeyError, TypeError, AttributeError):
             raise ListopdError(f"{state_file}: not the state of a search") from None
@@ -331,6 +338,16 @@ def open_view(directory: Path, clock: Callable[[], float] = time.time) -> RunVie
     if "search" in sections:
         return JobView(directory, load_config(SearchConfig, [str(file)]), clock)
     return RunView(directory, clock)
+
+
+def _trial_summary(file: Path) -> dict[str, Any]:
+    """What is shown of a finished trial."""
+    summary = read_json(file, str(file))
+    try:
+        known = {key: summary[key] for key in ("lam", "seed", "num_steps", "seconds")}
+        return known | {"parse_rate": summary["student"]["parse_rate"]}
+    except (KeyError, TypeError):
+        raise ListopdError(f"{file}: not what a run writes") from None
 
 
 def num_trials(search: SearchSection) -> int:

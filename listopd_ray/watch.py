@@ -214,8 +214,9 @@ def _render_job(view: JobView, height: int | None) -> RenderableType:
     parts.append(Text(_counts(view)))
     if view.bracket is not None:
         high = "∞" if view.bracket.high is None else f"{view.bracket.high:g}"
-        spent = f"{view.bracket.updates} updates spent"
-        parts.append(Text(f"onset in ({view.bracket.low:g}, {high}], {spent}"))
+        onset = f"onset in ({view.bracket.low:g}, {high}], {view.bracket.updates} updates spent"
+        star = "" if view.predicted is None else f", predicted λ* {view.predicted:.3f}"
+        parts.append(Text(onset + star))
     # Those under way first, then the others as they ended, the last ones first.
     order = list(COLOURS)
     names = sorted(states, key=lambda name: (order.index(states[name]), -view.ended(name)))
@@ -242,7 +243,7 @@ def _trial_cells(view: JobView, name: str) -> tuple[str, str, str]:
     """Update, strict parse (held-out of a finished trial, else the rollouts'), time left."""
     if name in view.summaries:
         summary = view.summaries[name]
-        return f"{summary['num_steps']}", f"{summary['student']['parse_rate']:.3f}", ""
+        return f"{summary['num_steps']}", f"{summary['parse_rate']:.3f}", ""
     trial = view.trials[name]
     parse = f"{trial.parse[-1]:.3f}" if trial.parse else ""
     is_running, left = view.states[name] == "running", trial.left_s

@@ -307,7 +307,7 @@ def test_a_bracket_shows_the_interval_so_far_and_what_has_collapsed(tmp_path):
     view = open_view(directory, lambda: trial.now)
     view.look()
     assert view.states == {"lam1.5-seed1": "stopped"}
-    assert "onset in (1, 1.5], 120 updates spent" in shown(view)
+    assert "onset in (1, 1.5], 120 updates spent, predicted λ* 1.300" in shown(view)
     (directory / "bracket.json").write_text("{}")
     view.look()
     assert summary_line(view) == "search: finished, 1 stopped"
@@ -337,6 +337,18 @@ def test_a_study_counts_shared_trials_and_ends_with_its_last_report(tmp_path):
     (directory / "trials.jsonl").write_text("\n".join(lines) + "\n")
     view.look()
     assert view.state == "finished"
+
+
+def test_a_damaged_file_of_a_job_is_one_line(tmp_path):
+    directory = make_search(tmp_path)
+    (directory / "search.json").write_text("{}")
+    (directory / "prediction.json").write_text("{}")
+    with pytest.raises(ListopdError, match=r"search\.json: not the state of a search$"):
+        open_view(directory).look()
+    trial = FakeRun(directory / "trials" / "lam1-seed0")
+    trial.write("summary.json", "[]")
+    with pytest.raises(ListopdError, match=r"lam1-seed0/summary\.json: not what a run writes$"):
+        open_view(directory).look()
 
 
 def test_what_is_no_run_is_one_line(tmp_path):
