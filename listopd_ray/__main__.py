@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from listopd_ray import __version__
@@ -19,6 +20,7 @@ from listopd_ray.job_config import (
     ReportConfig,
     SearchConfig,
     StudyConfig,
+    WatchConfig,
 )
 from listopd_ray.label import LabelConfig, label_command
 from listopd_ray.rank import RankConfig
@@ -27,6 +29,8 @@ from listopd_ray.supervision import Interrupted
 from listopd_ray.task.amazon import AmazonConfig, write_amazon
 from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic
 from listopd_ray.types import ListopdError
+
+SHOWN_AFTER_S = 2.0  # a bar of what may be done in no time
 
 USAGE = """usage: listopd <command> [conf.yaml …] [key=value …]
 
@@ -50,7 +54,13 @@ def _data_synthetic(config: SyntheticConfig) -> None:
 
 
 def _data_amazon(config: AmazonConfig) -> None:
-    print(write_amazon(config))
+    from listopd_ray.tracking import progress_bar
+
+    files = [Path(file) for file in (config.meta, config.reviews) if file]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    with progress_bar("read", size, unit="B", delay=SHOWN_AFTER_S) as bar:
+        written = write_amazon(config, bar.update)
+    print(written)
 
 
 def _warmstart(config: Config) -> None:
@@ -102,6 +112,12 @@ def _compare(runs: list[str], config: CompareConfig) -> None:
     from listopd_ray.report.page import compare_command
 
     compare_command(runs, config)
+
+
+def _watch(run: str, config: WatchConfig) -> None:
+    from listopd_ray.watch import watch
+
+    watch(run, config)
 
 
 def _evaluate(model: str, config: Config) -> None:
@@ -175,6 +191,14 @@ COMMANDS = {
         positional="RUN…",
         details="Runs that differ in the seed alone are a group; --group lam,clip makes others.\n"
         "Writes compare.html and compare.md.",
+    ),
+    "watch": Command(
+        "follow a run, a study or a search while it runs",
+        WatchConfig,
+        _watch,
+        positional="RUN",
+        details="RUN is its directory, here or on storage shared with the machine it runs on. Ends "
+        "when what it\nwatches is finished. Where standard output is no terminal: a line a change.",
     ),
     "evaluate": Command(
         "judge a checkpoint on held-out prompts, sampled and greedy",

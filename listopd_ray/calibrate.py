@@ -29,7 +29,7 @@ from listopd_ray.job import teacher_evaluation
 from listopd_ray.job_config import CalibrateConfig
 from listopd_ray.prepare import Prepared, prepare
 from listopd_ray.task.metrics import evaluate_judged, evaluation_to_dict
-from listopd_ray.tracking import check_writable, read_json, replace_file
+from listopd_ray.tracking import check_writable, progress_bar, read_json, replace_file
 from listopd_ray.types import ListopdError
 
 
@@ -55,7 +55,6 @@ def calibrate_job(config: CalibrateConfig) -> dict[str, Any]:
         plain = with_values(config, {"cliff.measure": True})
         prepared = prepare(plain)
         with launch(plain, **prepared.cluster_arguments()) as cluster:
-            cluster.wait_until_ready()
             measured = measure_run(plain, prepared, cluster)
         prediction = make_prediction([measured], config.clip)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -67,20 +66,26 @@ def calibrate_job(config: CalibrateConfig) -> dict[str, Any]:
 
 def measure_run(config: Config, prepared: Prepared, cluster: Cluster) -> Measured:
     """Sample the warm start on the held-out prompts and score that with teacher and base."""
-    learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
-    workers = cluster.workers.with_seed(config.seed)
-    workers.load_weights(learner.publish_weights())
-    prompts = prepared.evaluation.prompts[: config.evaluation.num_prompts]
-    generated = workers.fetch(workers.generate(prompts, "calibrate"))
-    teacher = cluster.teacher.with_base(prepared.base_path)
-    scored = teacher.fetch(teacher.score(generated))
+    with progress_bar("calibrate", 4, unit="phase") as bar:
+        learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
+        workers = cluster.workers.with_seed(config.seed)
+        workers.load_weights(learner.publish_weights())
+        bar.update()
+        prompts = prepared.evaluation.prompts[: config.evaluation.num_prompts]
+        generated = workers.fetch(workers.generate(prompts, "calibrate"))
+        bar.update()
+        teacher = cluster.teacher.with_base(prepared.base_path)
+        scored = teacher.fetch(teacher.score(generated))
+        bar.update()
+        teacher_result = teacher_evaluation(config, prepared, cluster.teacher)
+        bar.update()
     judged = [
         judge_rollout(rollout, prepared.text) for part in generated for rollout in part.rollouts
     ]
     return Measured(
         masses=measure([rollout for part in scored for rollout in part.rollouts]),
         warm_start=evaluation_to_dict(evaluate_judged(judged, prepared.evaluation.relevance)),
-        teacher=teacher_evaluation(config, prepared, cluster.teacher),
+        teacher=teacher_result,
         hashes=prepared.hashes,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from listopd_ray.roles.rollout import RolloutWorker
 from listopd_ray.roles.teacher import Teacher
 from listopd_ray.supervision import Faults, handlers_kept
 from listopd_ray.team import GONE, START_TIMEOUT_S, Team
+from listopd_ray.tracking import progress_bar
 from listopd_ray.types import ListopdError, last_line
 
 # Freed blocks stay with the process instead of going back to the system and being faulted in again
@@ -133,11 +135,17 @@ class Cluster:
             ray.kill(self._learner)
             self._learner = None
 
-    def wait_until_ready(self) -> None:
-        """Wait for rollout workers and teachers; raises what their start-up raised, and where one
-        has died since."""
+    @property
+    def num_actors(self) -> int:
+        """Rollout workers and teachers."""
+        return sum(len(team.actors) for team in self._teams)
+
+    def wait_until_ready(self, advance: Callable[[int], object] | None = None) -> None:
+        """Wait for rollout workers and teachers, each a word to `advance`; raises what their
+        start-up raised, and where one has died since."""
         actors = [actor for team in self._teams for actor in team.actors]
-        _wait([actor.__ray_ready__.remote() for actor in actors], "rollout or teacher actor")
+        ready = [actor.__ray_ready__.remote() for actor in actors]
+        _wait(ready, "rollout or teacher actor", advance)
 
     def shutdown(self) -> None:
         remove_placement_group(self._group)
@@ -193,10 +201,12 @@ def _spawn_teacher(
 
 @contextmanager
 def launch(config: Config, **arguments: Any) -> Iterator[Cluster]:
-    """Start the roles (arguments as for `Cluster`) and take them down again."""
+    """Start the roles (arguments as for `Cluster`), wait for them, and take them down again."""
     with ray_session():
         cluster = Cluster(config, **arguments)
         try:
+            with progress_bar("start", cluster.num_actors, unit="actor") as bar:
+                cluster.wait_until_ready(bar.update)
             yield cluster
         finally:
             cluster.shutdown()
@@ -206,16 +216,20 @@ def launch(config: Config, **arguments: Any) -> Iterator[Cluster]:
 def serve(config: Config, **arguments: Any) -> Iterator[Workers]:
     """Rollout workers alone, serving a checkpoint's own weights (arguments as for `Cluster`)."""
     with launch(config, teacher_path=None, **arguments) as cluster:
-        cluster.wait_until_ready()
         cluster.workers.use_checkpoint()
         yield cluster.workers
 
 
-def _wait(references: list[Any], what: str) -> None:
+def _wait(references: list[Any], what: str, advance: Callable[[int], object] | None = None) -> None:
+    end, pending = time.monotonic() + START_TIMEOUT_S, references
     try:
-        ray.get(references, timeout=START_TIMEOUT_S)
-    except ray.exceptions.GetTimeoutError:
-        raise ListopdError(f"{what}: not ready after {START_TIMEOUT_S:g} s") from None
+        while pending:
+            ready, pending = ray.wait(pending, timeout=max(0.0, end - time.monotonic()))
+            if not ready:
+                raise ListopdError(f"{what}: not ready after {START_TIMEOUT_S:g} s")
+            ray.get(ready)
+            if advance is not None:
+                advance(1)
     except GONE as error:
         raise StartFailed(f"{what}: failed to start: {last_line(error)}") from error
 

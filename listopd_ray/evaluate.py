@@ -7,7 +7,9 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
+from listopd_ray.config import RolloutConfig
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.splits import Split
 from listopd_ray.task.contract import TokenText, judge
@@ -25,6 +27,36 @@ class Sampler(Protocol):
     ) -> list[Any]: ...
 
     def fetch(self, generated: list[Any]) -> list[Generated]: ...
+
+
+class InChunks:
+    """A sampler whose bar moves chunk by chunk. All are asked for at once, so that no engine waits
+    for the driver."""
+
+    def __init__(self, sampler: Sampler, chunk_size: int, bar: tqdm) -> None:
+        self._sampler = sampler
+        self._chunk_size = chunk_size
+        self._bar = bar
+
+    def generate(
+        self, prompts: Sequence[Prompt], tag: str, *, group_size: int = 1, greedy: bool = False
+    ) -> list[Any]:
+        size, how = self._chunk_size, {"group_size": group_size, "greedy": greedy}
+        chunks = [prompts[at : at + size] for at in range(0, len(prompts), size)]
+        return [self._sampler.generate(chunk, tag, **how) for chunk in chunks]  # type: ignore[arg-type]
+
+    def fetch(self, generated: list[Any]) -> list[Generated]:
+        parts = []
+        for chunk in generated:
+            done = self._sampler.fetch(chunk)
+            self._bar.update(sum(len(part.rollouts) for part in done))
+            parts += done
+        return parts
+
+
+def chunk_size(config: RolloutConfig) -> int:
+    """Prompts: each worker has its engine full four times over."""
+    return 4 * config.max_num_seqs * config.num_workers
 
 
 def evaluate(

@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.table import Table
 from listopd_ray import __version__
 from listopd_ray.cluster import Cluster, launch, serve
 from listopd_ray.config import CliffConfig, Config, run_directory
-from listopd_ray.evaluate import evaluate
+from listopd_ray.evaluate import InChunks, chunk_size, evaluate
 from listopd_ray.handles import LearnerHandle, TeacherPool, make_requests
 from listopd_ray.models import end_ids, load_tokenizer, model_hash
 from listopd_ray.prepare import Prepared, prepare, serving_arguments
@@ -34,6 +35,7 @@ from listopd_ray.tracking import (
     check_same,
     check_startable,
     check_unchanged,
+    progress_bar,
     read_json,
     replace_file,
 )
@@ -62,7 +64,6 @@ def train_job(config: Config) -> dict[str, Any]:
             read_prediction(config)
         prepared = prepare(config)
         with launch(config, **prepared.cluster_arguments()) as cluster:
-            cluster.wait_until_ready()
             summary = distill(config, prepared, cluster)
         report_on(run_directory(config))
     print_table({config.name: [summary]})
@@ -81,6 +82,7 @@ def demo_job(config: Config) -> None:
         raise ListopdError("demo_seeds: give at least one seed")
     summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in DEMO_RUNS}
     directories = []
+    number, total = 0, len(DEMO_RUNS) * len(config.demo_seeds)
     for seed in config.demo_seeds:
         # The teacher actors are shared and hold the base: λ = 1 gets its diagnostics too.
         group = config.tracking.group or config.name
@@ -95,9 +97,13 @@ def demo_job(config: Config) -> None:
             name: dataclasses.replace(common, name=f"{config.name}-s{seed}-{name}", **changes)
             for name, changes in DEMO_RUNS.items()
         }
-        unfinished = [c for c in configs.values() if not _summary_file(c).exists()]
-        if unfinished:
-            _run_group(common, unfinished)
+        missing = {}
+        for run_config in configs.values():
+            number += 1
+            if not _summary_file(run_config).exists():
+                missing[f"run {number} of {total}"] = run_config
+        if missing:
+            _run_group(common, missing)
         for name, run_config in configs.items():
             summaries[name].append(finished_summary(run_config))
             directories.append(run_directory(run_config))
@@ -136,8 +142,13 @@ def evaluate_checkpoint(model: str, config: Config) -> dict[str, Any]:
     tokenizer = load_tokenizer(model)
     split = load_split(config, "eval", tokenizer)
     text = TokenText(tokenizer, end_ids(model, tokenizer))
-    with serve(config, **serving_arguments(model, config, tokenizer, split)) as workers:
-        result, _ = evaluate(workers, split, text, config.evaluation.num_prompts)
+    num_prompts = min(config.evaluation.num_prompts, len(split.prompts))
+    with (
+        serve(config, **serving_arguments(model, config, tokenizer, split)) as workers,
+        progress_bar("evaluate", 2 * num_prompts, unit="output", delay=2.0) as bar,
+    ):
+        sampler = InChunks(workers, chunk_size(config.rollout), bar)
+        result, _ = evaluate(sampler, split, text, num_prompts)
     return result
 
 
@@ -313,12 +324,13 @@ SHA-256:
 """
 
 
-def _run_group(common: Config, configs: Sequence[Config]) -> None:
-    """Runs that differ in the update alone, one after the other on one set of engines."""
+def _run_group(common: Config, configs: Mapping[str, Config]) -> None:
+    """Runs (by what they are called) that differ in the update alone, one after the other on one
+    set of engines."""
     prepared = prepare(common)
     with launch(common, **prepared.cluster_arguments()) as cluster:
-        cluster.wait_until_ready()
-        for run_config in configs:
+        for what, run_config in configs.items():
+            print(f"{run_config.name}: {what}", file=sys.stderr)
             distill(run_config, prepared, cluster)
 
 

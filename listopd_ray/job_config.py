@@ -93,3 +93,11 @@ class ReportConfig:
     """Of `listopd report`."""
 
     out: str | None = None  # the page; null: report.html in the run's own directory
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Of `listopd watch`."""
+
+    every_s: float = 2.0  # s between looks
+    once: bool = False  # print the state and leave

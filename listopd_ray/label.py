@@ -46,6 +46,7 @@ def label(config: Config, model: Path, out: Path) -> dict[str, Any]:
     no output keeps the contract, and for data or a model that cannot be used.
     """
     from listopd_ray.cluster import serve
+    from listopd_ray.evaluate import chunk_size
     from listopd_ray.models import load_tokenizer, model_hash
     from listopd_ray.prepare import serving_arguments
     from listopd_ray.splits import data_directory, load_split
@@ -61,8 +62,7 @@ def label(config: Config, model: Path, out: Path) -> dict[str, Any]:
     arguments = serving_arguments(str(model), config, tokenizer, split)
     with serve(config, **arguments) as workers:
         text = TokenText(tokenizer, arguments["end_ids"])
-        chunk_size = 4 * config.rollout.max_num_seqs * config.rollout.num_workers
-        labelled, dropped = label_examples(workers, split, text, chunk_size)
+        labelled, dropped = label_examples(workers, split, text, chunk_size(config.rollout))
     if not labelled:
         raise ListopdError(f"{model}: no greedy output keeps the contract: {dropped}")
     meta = {"source": "label", "model": model_hash(model), "data": dataset_hash(data)}
@@ -74,22 +74,20 @@ def label_examples(
     sampler: Sampler, split: Split, text: TokenText, chunk_size: int
 ) -> tuple[list[Example], dict[str, int]]:
     """The examples of `split` with greedy rankings for relevance; how many are dropped, and why."""
-    from listopd_ray.evaluate import judge_rollout
+    from listopd_ray.evaluate import InChunks, judge_rollout
     from listopd_ray.tracking import progress_bar
 
     labelled, dropped, prompts = [], Counter[str](), split.prompts
-    # All at once, so that no engine waits for the driver; in chunks, so that the bar moves.
-    chunks = [prompts[at : at + chunk_size] for at in range(0, len(prompts), chunk_size)]
-    pending = [sampler.generate(chunk, "label", greedy=True) for chunk in chunks]
-    rollouts = (r for chunk in pending for part in sampler.fetch(chunk) for r in part.rollouts)
     with progress_bar("label", len(prompts), unit="prompt") as bar:
-        for example, rollout in zip(split.examples, rollouts, strict=True):
-            output = judge_rollout(rollout, text)
-            if output.ranking is None:
-                dropped[str(output.reason)] += 1
-            else:
-                labelled.append(replace(example, relevance=relevance_of(output.ranking)))
-            bar.update()
+        sampler = InChunks(sampler, chunk_size, bar)
+        parts = sampler.fetch(sampler.generate(prompts, "label", greedy=True))
+    rollouts = [rollout for part in parts for rollout in part.rollouts]
+    for example, rollout in zip(split.examples, rollouts, strict=True):
+        output = judge_rollout(rollout, text)
+        if output.ranking is None:
+            dropped[str(output.reason)] += 1
+        else:
+            labelled.append(replace(example, relevance=relevance_of(output.ranking)))
     return labelled, dict(sorted(dropped.items()))
 
 

@@ -31,18 +31,22 @@ def rank(model: str, config: RankConfig) -> None:
     fewer are counted on standard error, with the first one's line and reason.
     """
     from listopd_ray.cluster import serve
-    from listopd_ray.evaluate import judge_rollout
+    from listopd_ray.evaluate import InChunks, chunk_size, judge_rollout
     from listopd_ray.models import end_ids, load_tokenizer
     from listopd_ray.prepare import serving_arguments
     from listopd_ray.splits import encode_rows
     from listopd_ray.task.contract import TokenText
-    from listopd_ray.tracking import replace_file
+    from listopd_ray.tracking import progress_bar, replace_file
 
     tokenizer = load_tokenizer(model)
     split = encode_rows(config, tokenizer, partial(read_requests, Path(config.input), config))
     text = TokenText(tokenizer, end_ids(model, tokenizer))
-    with serve(config, **serving_arguments(model, config, tokenizer, split)) as workers:
-        parts = workers.fetch(workers.generate(split.prompts, "rank", greedy=config.greedy))
+    with (
+        serve(config, **serving_arguments(model, config, tokenizer, split)) as workers,
+        progress_bar("rank", len(split.prompts), unit="prompt", delay=2.0) as bar,
+    ):
+        sampler = InChunks(workers, chunk_size(config.rollout), bar)
+        parts = sampler.fetch(sampler.generate(split.prompts, "rank", greedy=config.greedy))
     judged = [judge_rollout(rollout, text) for part in parts for rollout in part.rollouts]
     rows = [
         json.dumps(_row(example, output), ensure_ascii=False) + "\n"

@@ -27,6 +27,7 @@ from listopd_ray.handles import LearnerHandle, TeacherPool, Workers
 from listopd_ray.placement import beside_driver, bundles_of, check_room, teacher_bundles
 from listopd_ray.prepare import Prepared, prepare
 from listopd_ray.supervision import Faults
+from listopd_ray.tracking import progress_bar
 from listopd_ray.types import ListopdError, last_line
 
 
@@ -86,7 +87,12 @@ class Slots:
 
     def measure(self, configs: Sequence[Config]) -> list[Any]:
         """A `calibrate.Measured` for each."""
-        return list(ActorPool(self._runners).map(lambda a, c: a.measure.remote(c), configs))
+        measured = []
+        with progress_bar("calibrate", len(configs), unit="seed") as bar:
+            for one in ActorPool(self._runners).map(lambda a, c: a.measure.remote(c), configs):
+                measured.append(one)
+                bar.update()
+        return measured
 
     @cached_property
     def _runners(self) -> list[Any]:

@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +76,9 @@ def study_job(config: StudyConfig) -> None:
                 warm_start(config_of_seed, role)  # the slots will hold the CPUs
         with Slots(config, study.slots) as slots:
             predictor = Predictor(config, slots)
-            for name, curve in chosen.items():
+            for number, (name, curve) in enumerate(chosen.items(), start=1):
+                if len(chosen) > 1:
+                    print(f"{name}: curve {number} of {len(chosen)}", file=sys.stderr)
                 failed += run_curve(config, name, curve, slots, predictor)
         report(config, list(_baselines(config)) if study.baselines else [])
     print(f"study: {directory}")

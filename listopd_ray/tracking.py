@@ -214,10 +214,14 @@ class Run:
             self._wandb.finish(summary)
 
 
-def progress_bar(what: str, total: int, initial: int = 0, unit: str = "update") -> tqdm:
-    """Units done, with rate and time left; sparing with lines where nobody watches."""
+def progress_bar(
+    what: str, total: int, initial: int = 0, unit: str = "update", delay: float = 0.0
+) -> tqdm:
+    """Units done, with rate and time left, once it has taken `delay` s; sparing with lines where
+    nobody watches."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(desc=what, total=total, initial=initial, unit=unit, mininterval=interval)
+    options: dict[str, Any] = dict(initial=initial, unit=unit, unit_scale=unit == "B", delay=delay)
+    return tqdm(desc=what, total=total, mininterval=interval, **options)
 
 
 def evaluation_metrics(evaluation: dict[str, Any]) -> dict[str, float]:

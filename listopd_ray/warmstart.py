@@ -130,7 +130,7 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
             ),
             run_config=RunConfig(name=role, storage_path=str(Path(scratch, "ray").absolute())),
         )
-        bar = progress_bar(f"warm start {role}", model.warmstart.num_steps)
+        bar = progress_bar(f"warm start {role}, seed {seed}", model.warmstart.num_steps)
         trained: dict[str, bytes] = {}
         watcher = threading.Thread(target=_receive, args=(results, bar, trained), daemon=True)
         watcher.start()

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from listopd_ray.cliff.calibration import FLOOR_SHARE
+from listopd_ray.job_config import SearchSection
 from listopd_ray.search.judgement import Outcome, Verdict, judge, rate
 
 HALVES = 2  # places a step
@@ -296,6 +297,28 @@ class Bracket:
 
     def _place(self, lam: float) -> int:
         return round(HALVES * (lam - 1) / self._resolution)
+
+
+def bracket_of(
+    search: SearchSection, prediction: Mapping[str, Any], state: dict[str, Any]
+) -> Bracket:
+    """The search that starts from `prediction`, as far as it is in `state`."""
+    star = prediction["lambda_star"]
+    if star is None:
+        star = 1.0  # nothing predicted: the search widens from there
+    edges = [prediction.get(f"lambda_star_{side}") for side in ("low", "high")]
+    low, high = (star if edge is None else edge for edge in edges)
+    return Bracket(
+        start=(low, high),
+        seeds=search.seeds,
+        resolution=search.resolution,
+        max_lam=search.max_lam,
+        error=search.error,
+        margin=search.margin,
+        slots=search.slots,
+        attempts=search.attempts,
+        state=state,
+    )
 
 
 def _steps(width: int, number: int, count: int) -> list[int]:

@@ -17,13 +17,14 @@ import matplotlib.pyplot as plt
 import rich
 from rich.live import Live
 from rich.table import Table
+from tqdm import tqdm
 
 from listopd_ray import __version__
 from listopd_ray.cliff.verdict import CRITERION, judge
 from listopd_ray.job_config import SearchConfig
 from listopd_ray.search.bracket import Bracket
 from listopd_ray.search.judgement import Outcome, rate
-from listopd_ray.search.tuning import PARSE_RATE
+from listopd_ray.search.tuning import AGAIN, PARSE_RATE
 from listopd_ray.study_report import BLUE, ORANGE
 
 RED = "#D55E00"
@@ -41,6 +42,7 @@ class Display:
         self._star = prediction["lambda_star"]
         self._begun = time.monotonic()
         self._running: dict[tuple[float, int], str] = {}  # (λ, seed) → how far
+        self._first: dict[tuple[float, int], tuple[float, int]] = {}  # → (time, update) first seen
         self._live = Live(get_renderable=self._table, refresh_per_second=2, transient=True)
         self.last_error = ""
 
@@ -61,9 +63,17 @@ class Display:
         name = f"λ = {lam:g}, seed {seed}"
         if event == "result":
             step, total = result["train/step"], self._config.num_steps
-            self._running[key] = f"{seed}: {step}/{total}, {result.get(PARSE_RATE, 0):.2f}"
+            if AGAIN in result:  # of another sitting, and there at once
+                self._first.pop(key, None)
+            since, first = self._first.setdefault(key, (time.monotonic(), step))
+            text = f"{seed}: {step}/{total}, {result.get(PARSE_RATE, 0):.2f}"
+            if step > first:  # evaluations and checkpoints count
+                left = (time.monotonic() - since) / (step - first) * (total - step)
+                text += f", {tqdm.format_interval(left)}"
+            self._running[key] = text
             return
         self._running.pop(key, None)
+        self._first.pop(key, None)
         if event == "error":
             self.last_error = f"{name}: {result['error']}"
             print(f"{name}: failed: {result['error']}", file=sys.stderr)
@@ -84,8 +94,8 @@ class Display:
         star = "–" if self._star is None else f"{self._star:.3f}"
         title = f"{self._config.name}: {self._standing()}, predicted λ* = {star}"
         table = Table(title=title)
-        for column in ("λ", "seeds", "strict parse", "running (seed: update, parse)"):
-            table.add_column(column, no_wrap=column != "running (seed: update, parse)")
+        for column in ("λ", "seeds", "strict parse", "running (seed: update, parse, left)"):
+            table.add_column(column, no_wrap=column != "running (seed: update, parse, left)")
         table.add_column("verdict", no_wrap=True)
         lams = {lam for lam, _ in (*self._bracket.outcomes, *self._running)}
         for lam in sorted(lams):

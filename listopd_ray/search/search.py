@@ -24,7 +24,7 @@ from listopd_ray.config import Config, dump_config, run_directory, with_values
 from listopd_ray.job_config import SearchConfig
 from listopd_ray.models import model_hash
 from listopd_ray.report.page import print_link, report_on
-from listopd_ray.search.bracket import Bracket
+from listopd_ray.search.bracket import Bracket, bracket_of
 from listopd_ray.search.judgement import Outcome
 from listopd_ray.search.report import Display, draw_bracket, outcome_json
 from listopd_ray.search.space import check_space, run_space, seeds_of_space
@@ -79,7 +79,7 @@ def search_job(config: SearchConfig) -> None:
                 replace_file(directory / "search.json", json.dumps(state) + "\n")
                 return run_space(config, run, slots)
             prediction = _prediction(config, run, slots)
-            bracket = _bracket(config, prediction, state)
+            bracket = bracket_of(config.search, prediction, state)
             if not bracket.done:
                 _run_trials(config, run, slots, bracket, prediction, state, begun)
     outcome = outcome_json(config, bracket, prediction, state)
@@ -160,25 +160,6 @@ def _read_state(directory: Path, hashes: dict[str, Any]) -> dict[str, Any]:
     if changed:
         raise ListopdError(f"{directory}: begun with another {', '.join(changed)}")
     return state
-
-
-def _bracket(config: SearchConfig, prediction: dict[str, Any], state: dict[str, Any]) -> Bracket:
-    search, star = config.search, prediction["lambda_star"]
-    if star is None:
-        star = 1.0  # nothing predicted: the search widens from there
-    edges = [prediction.get(f"lambda_star_{side}") for side in ("low", "high")]
-    low, high = (star if edge is None else edge for edge in edges)
-    return Bracket(
-        start=(low, high),
-        seeds=search.seeds,
-        resolution=search.resolution,
-        max_lam=search.max_lam,
-        error=search.error,
-        margin=search.margin,
-        slots=search.slots,
-        attempts=search.attempts,
-        state=state,
-    )
 
 
 def _prediction(config: SearchConfig, run: Config, slots: Slots) -> dict[str, Any]:

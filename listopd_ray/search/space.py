@@ -19,13 +19,15 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 from rich.table import Table
+from tqdm import tqdm
 
 from listopd_ray.config import Config, run_directory, with_values
+from listopd_ray.following import num_trials
 from listopd_ray.job_config import SearchConfig
 from listopd_ray.report.page import print_link, report_on
 from listopd_ray.search.tuning import PARSE_RATE, CollapseStopper, exact, mark_stopped, run_tune
 from listopd_ray.slots import Slots
-from listopd_ray.tracking import read_jsonl, replace_file
+from listopd_ray.tracking import progress_bar, read_jsonl, replace_file
 from listopd_ray.types import ListopdError
 
 LISTS = ("grid_search", "choice")
@@ -43,6 +45,7 @@ class Trials:
     """The rows of trials.jsonl, those of earlier sittings included."""
 
     def __init__(self, file: Path, run: Config, keys: list[str], metric: str) -> None:
+        self.bar: tqdm | None = None
         self._run = run
         self._file, self._keys, self._metric = file, keys, metric
         self._rows = {row["name"]: row for row in read_jsonl(file) if "error" not in row}
@@ -70,7 +73,7 @@ class Trials:
         row = {"name": name, **values}
         if event == "error":
             row["error"] = result["error"]
-            print(f"{name}: failed: {result['error']}", file=sys.stderr)
+            tqdm.write(f"{name}: failed: {result['error']}", file=sys.stderr)
         else:
             row |= {
                 "updates": result["train/step"],
@@ -84,10 +87,13 @@ class Trials:
             if not row["finished"]:
                 mark_stopped(self._run, result)
             end = f", stopped at update {row['updates']}" if _is_short(row, self._run) else ""
-            print(f"{name}: strict parse {row['parse_rate']:.3f}{end}", flush=True)
+            tqdm.write(f"{name}: strict parse {row['parse_rate']:.3f}{end}", file=sys.stdout)
+            sys.stdout.flush()
         self._rows[name] = row
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows.values())
         replace_file(self._file, "".join(lines))
+        if self.bar is not None:
+            self.bar.update()
 
 
 def run_space(config: SearchConfig, run: Config, slots: Slots) -> None:
@@ -121,16 +127,20 @@ def run_space(config: SearchConfig, run: Config, slots: Slots) -> None:
         searcher = BasicVariantGenerator(random_state=config.seed, max_concurrent=search.slots)
     if options["num_samples"] > 0:
         stopper = CollapseStopper(search, config.num_steps)
-        run_tune(
-            run,
-            slots.keeper,
-            searcher=searcher,
-            stopper=stopper,
-            slots=search.slots,
-            show=trials.show,
-            space=space,
-            **options,
-        )
+        # A grid begins at its first point again: what is finished comes back at once.
+        ended = len(trials.ended) if search.algorithm == "optuna" else 0
+        with progress_bar(config.name, num_trials(search), initial=ended, unit="trial") as bar:
+            trials.bar = bar
+            run_tune(
+                run,
+                slots.keeper,
+                searcher=searcher,
+                stopper=stopper,
+                slots=search.slots,
+                show=trials.show,
+                space=space,
+                **options,
+            )
     rich.print(_table(config, trials.rows))
     print(f"search: {directory}")
     print_link(report_on(directory))

@@ -24,6 +24,7 @@ Products and purchases are held in memory.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import ceil, isfinite, log1p
 from pathlib import Path
@@ -105,13 +106,16 @@ class Shopper:
     store: str | None = None
 
 
-def write_amazon(cfg: AmazonConfig) -> str:
-    """Write the dataset and say so in one line. Bad rows go to `<out>/quarantine.jsonl`."""
+def write_amazon(cfg: AmazonConfig, advance: Callable[[int], object] | None = None) -> str:
+    """Write the dataset and say so in one line. Bad rows go to `<out>/quarantine.jsonl`, bytes of
+    the files that were read to `advance`."""
     meta = _validated_meta(cfg)
     out = Path(cfg.out)
     with Quarantine(out / "quarantine.jsonl", cfg.max_bad_rows) as bad:
-        products = read_products(meta, cfg.max_title_words, bad)
-        histories = _read_histories(Path(cfg.reviews), products, bad) if cfg.reviews else {}
+        products = read_products(meta, cfg.max_title_words, bad, advance)
+        histories = {}
+        if cfg.reviews:
+            histories = _read_histories(Path(cfg.reviews), products, bad, advance)
     if len(products) < cfg.num_items:
         raise ListopdError(
             f"{meta}: {len(products)} usable products for lists of {cfg.num_items}{bad.where}"
@@ -142,7 +146,12 @@ def write_amazon(cfg: AmazonConfig) -> str:
     )
 
 
-def read_products(path: Path, max_title_words: int, quarantine: Quarantine) -> dict[str, Product]:
+def read_products(
+    path: Path,
+    max_title_words: int,
+    quarantine: Quarantine,
+    advance: Callable[[int], object] | None = None,
+) -> dict[str, Product]:
     """Products by `parent_asin`, in the order of the file."""
     products: dict[str, Product] = {}
 
@@ -152,7 +161,7 @@ def read_products(path: Path, max_title_words: int, quarantine: Quarantine) -> d
             raise BadRow(f"duplicate parent_asin {product.asin!r}")
         return product
 
-    for product in read_rows(path, parse, quarantine):
+    for product in read_rows(path, parse, quarantine, advance):
         products[product.asin] = product
     return products
 
@@ -263,11 +272,14 @@ def _shopper(rng: np.random.Generator, anchor: Product) -> Shopper:
 
 
 def _read_histories(
-    path: Path, products: dict[str, Product], quarantine: Quarantine
+    path: Path,
+    products: dict[str, Product],
+    quarantine: Quarantine,
+    advance: Callable[[int], object] | None,
 ) -> dict[str, list[str]]:
     """Known products of each user, in the order of their first purchase."""
     purchases: dict[str, list[tuple[float, str]]] = {}
-    for user, time, asin in read_rows(path, _parse_review, quarantine):
+    for user, time, asin in read_rows(path, _parse_review, quarantine, advance):
         purchases.setdefault(user, [])
         if asin in products:
             purchases[user].append((time, asin))

@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 SPLITS = ("train", "eval")
 MAX_LINE_BYTES = 1_000_000
+ADVANCE_LINES = 1000  # between two words on how far a file is read
 QUARANTINED_CHARS = 2000  # of a bad row, kept for a person to look at
 
 
@@ -163,10 +164,14 @@ def read_examples(
 
 
 def read_rows(
-    path: Path, parse: Callable[[dict[str, Any]], T], quarantine: Quarantine
+    path: Path,
+    parse: Callable[[dict[str, Any]], T],
+    quarantine: Quarantine,
+    advance: Callable[[int], object] | None = None,
 ) -> Iterator[T]:
-    """`parse` of each row of a .jsonl or .jsonl.gz file; rows it refuses go to `quarantine`."""
-    for number, raw in _lines(path):
+    """`parse` of each row of a .jsonl or .jsonl.gz file; rows it refuses go to `quarantine`, bytes
+    of the file that were read to `advance`."""
+    for number, raw in _lines(path, advance):
         try:
             value = parse(_decode(raw))
         except BadRow as error:
@@ -280,21 +285,31 @@ def dataset_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _lines(
+    path: Path, advance: Callable[[int], object] | None = None
+) -> Iterator[tuple[int, bytes]]:
     """Numbered lines without their end, blank ones left out, cut one byte past the longest allowed.
 
     Read piecewise, so that one endless line does not fill the memory.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            number = 0
+        with (
+            path.open("rb") as stored,
+            gzip.open(stored) if path.suffix == ".gz" else stored as file,
+        ):
+            number = told = 0
             while raw := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
+                if advance is not None and number % ADVANCE_LINES == 0:
+                    told, before = stored.tell(), told
+                    advance(told - before)
                 rest = raw
                 while rest and not rest.endswith(b"\n"):
                     rest = file.readline(MAX_LINE_BYTES)
                 if raw.strip():
                     yield number, raw.rstrip(b"\r\n")
+            if advance is not None:
+                advance(stored.tell() - told)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ListopdError(f"{path}: {reason}") from None

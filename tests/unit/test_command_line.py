@@ -30,7 +30,7 @@ def test_help_names_every_key_with_its_default(name, capsys):
     main([*name.split(), "--help"])
     shown = capsys.readouterr().out
     assert COMMANDS[name].summary[1:] in shown
-    assert "seed=0" in shown
+    assert ("every_s=2.0" if name == "watch" else "seed=0") in shown
 
 
 def test_help_shows_defaults_of_nested_and_inherited_keys(capsys):
@@ -67,6 +67,8 @@ def test_the_version_is_the_packages(capsys):
         (["evaluate", "lam=1"], "MODEL is missing"),
         (["label", "out=labelled"], "MODEL is missing"),
         (["label", "model", "data.path=data"], "give out=DIR"),
+        (["watch", "every_s=1"], "RUN is missing"),
+        (["watch", "nowhere"], "nowhere: no such directory"),
         (["label", "model", "out=x", "rollout.grammar=true", "rollout.backend=hf"], "backend=vllm"),
         (["data", "amazon"], "give meta=FILE"),
         (["data", "synthetic", "num_items=1"], "num_items"),

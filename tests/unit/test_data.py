@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from listopd_ray.task import data
 from listopd_ray.task.data import (
     MAX_LINE_BYTES,
     PromptStream,
@@ -322,3 +323,16 @@ def test_a_stream_refuses_the_state_of_other_data_and_an_empty_list():
         stream.restore({"epoch": 0, "position": 4})
     with pytest.raises(ListopdError, match="no prompts"):
         PromptStream([], seed=0)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_how_far_a_file_is_read_adds_up_to_its_bytes(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(data, "ADVANCE_LINES", 3)
+    path, seen = tmp_path / name, []
+    opener = gzip.open if name.endswith(".gz") else open
+    with opener(path, "wt") as stream:
+        stream.writelines(f'{{"n": {n}}}\n' for n in range(10))
+    with Quarantine(None, 0) as bad:
+        assert len(list(read_rows(path, lambda row: row, bad, seen.append))) == 10
+    assert sum(seen) == path.stat().st_size
+    assert len(seen) == 4 and min(seen) >= 0

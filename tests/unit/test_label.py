@@ -3,6 +3,7 @@ import itertools
 import pytest
 from fakes import FakeLearner, FakeWorkers
 
+from listopd_ray.evaluate import InChunks
 from listopd_ray.label import label_examples, relevance_of
 from listopd_ray.models import encode_prompt
 from listopd_ray.splits import Split
@@ -66,3 +67,21 @@ def test_labels_are_the_greedy_rankings_and_broken_outputs_are_counted(
             originals[example.id].items,
         )
     assert [e.id for e in labelled] == [e.id for e in split.examples if e.id in expected]
+
+
+def test_a_bar_counts_outputs_chunk_by_chunk_and_chunks_change_no_output(split, tokenizer):
+    events = []
+    workers = FakeWorkers(events, tokenizer)
+    workers.load_weights(FakeLearner(events).publish_weights())
+    seen = []
+
+    class Bar:
+        update = staticmethod(seen.append)
+
+    def tokens(sampler, prompts):
+        parts = sampler.fetch(sampler.generate(prompts, "x", group_size=2))
+        return [(r.prompt.id, r.token_ids.tolist()) for part in parts for r in part.rollouts]
+
+    prompts = split.prompts[:7]
+    assert tokens(InChunks(workers, 3, Bar()), prompts) == tokens(workers, prompts)
+    assert seen == [6, 6, 2]
