@@ -76,8 +76,10 @@ def differing_keys(runs: Sequence[RunData]) -> list[str]:
     return sorted(differ, key=lambda key: (order.get(key, len(order)), key))
 
 
-def group_runs(runs: Sequence[RunData], keys: Sequence[str]) -> list[Group]:
-    """By the values of `keys`, which rise; raises ListopdError for a key that no run has."""
+def group_runs(runs: Sequence[RunData], keys: Sequence[str] = ()) -> list[Group]:
+    """By the values of `keys`, which rise; raises ListopdError for a key that no run has. Without
+    keys by all that differ: labels then leave out what most runs have."""
+    asked, keys = bool(keys), keys or differing_keys(runs)
     for key in keys:
         if all(key not in run.config for run in runs):
             raise ListopdError(f"group: '{key}' is no key of these runs")
@@ -87,7 +89,7 @@ def group_runs(runs: Sequence[RunData], keys: Sequence[str]) -> list[Group]:
     usual = {
         key: Counter(as_json(same[0].config.get(key)) for same in members.values()).most_common(1)
         for key in keys
-        if key not in ALWAYS_TOLD
+        if not asked and key not in ALWAYS_TOLD
     }
     lams_of: dict[str, set[str]] = {}  # by family
     parts = []
@@ -147,7 +149,7 @@ def late_mean(group: Group, metric: str) -> float | None:
     means = []
     for run in group.runs:
         values = run.columns[metric]
-        late = values[run.columns["train/step"] > 0.9 * run.num_updates - 1e-9]
+        late = values[run.columns["train/step"] > 0.9 * run.num_updates + 1e-9]
         late = late[~np.isnan(late)]
         if len(late):
             means.append(float(late.mean()))

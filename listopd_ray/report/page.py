@@ -19,7 +19,6 @@ from listopd_ray.report.figures import Point, against_lam, points_of, styles, th
 from listopd_ray.report.groups import (
     SYMBOLS,
     Group,
-    differing_keys,
     group_runs,
     largest_family,
     mean_curve,
@@ -84,7 +83,7 @@ def write_page(paths: Sequence[Path], out: Path, keys: Sequence[str] = ()) -> Pa
     if not out.absolute().parent.is_dir():
         raise ListopdError(f"out: {out}: no directory {out.parent}")
     runs = read_runs(find_runs(paths))
-    groups = group_runs(runs, list(keys) or differing_keys(runs))
+    groups = group_runs(runs, keys)
     names = [path.resolve().name for path in paths]
     title = names[0] if len(names) == 1 else f"{len(runs)} runs compared"
     context = {
