@@ -28,6 +28,7 @@ from listopd_ray.steering import check_prediction, read_prediction
 from listopd_ray.supervision import LearnerLost
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import dataset_hash
+from listopd_ray.timeline import traced
 from listopd_ray.tracking import (
     Run,
     check_same,
@@ -150,8 +151,9 @@ def distill(
         learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
         workers = cluster.workers.with_seed(config.seed)
         scorer = cluster.teacher.with_base(prepared.base_path)
-        loop = Loop(config, prepared, workers, scorer, learner, run, cluster.faults)
-        results = loop.run()
+        roles = workers, scorer, learner
+        with traced(config, roles) as trace:
+            results = Loop(config, prepared, *roles, run, cluster.faults, trace).run()
         teacher = teacher_evaluation(config, prepared, cluster.teacher)
         student = run.directory / "student"
         _export(learner, run, student)

@@ -22,7 +22,8 @@ from listopd_ray.redact import redacted, redacted_text
 from listopd_ray.types import Judged, ListopdError
 
 TIMING = ("time/", "perf/", "fault/")  # the only metrics in which two equal runs may differ
-PLACEMENT = re.compile(r"^autoscaling_wait_s$|\.(num_cpus|num_gpus)$|\.labels(\.|$)")
+# Keys that may differ from sitting to sitting: where a run runs, and what is watched of it.
+MAY_DIFFER = re.compile(r"^autoscaling_wait_s$|^trace$|\.(num_cpus|num_gpus)$|\.labels(\.|$)")
 LOCK_WAIT_S = 20.0  # the actors of a driver that was killed live on for some seconds
 
 
@@ -259,9 +260,9 @@ def check_unchanged(config: Config, but_for: Sequence[str] = ()) -> None:
 
 
 def _identity(config: Config) -> dict[str, Any]:
-    """Every key but those that say where a run runs: it may go on on another cluster."""
+    """Every key but those that may differ: a run may go on on another cluster, or be watched."""
     flat = _flat(_nested(config))
-    return {key: value for key, value in flat.items() if not PLACEMENT.search(key)}
+    return {key: value for key, value in flat.items() if not MAY_DIFFER.search(key)}
 
 
 def check_same(what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
