@@ -52,7 +52,7 @@ def check_writable(directory: Path) -> None:
 class Run:
     """Opens `<out>/<name>`, new or interrupted, and writes everything that belongs into it.
 
-    `hashes` are those of data and models; `report` is given every row of metrics too.
+    `hashes` are those of data and models; all `reports` are given every row of metrics too.
     Raises ListopdError as `check_startable` does, where a continued run was begun on other data or
     models, and where the directory cannot be written.
     """
@@ -61,11 +61,11 @@ class Run:
         self,
         config: Config,
         hashes: dict[str, str],
-        report: Callable[[dict[str, float]], None] | None = None,
+        *reports: Callable[[dict[str, float]], None],
     ) -> None:
         check_startable(config)
         self._lock = ExitStack()
-        self._report = report
+        self._reports = reports
         self.directory = run_directory(config)
         self._config = config
         self._owner = {**_identity(config), **hashes}
@@ -173,8 +173,8 @@ class Run:
         append_rows(self.directory / "metrics.jsonl", [row])
         if self._wandb is not None and step > self._known_to_wandb:
             self._wandb.log(row)
-        if self._report is not None:
-            self._report(row)
+        for report in self._reports:
+            report(row)
 
     def keep_samples(self, step: int, judged: Sequence[Judged]) -> None:
         rows = [

@@ -38,6 +38,8 @@ def test_data_config_and_metrics_need_no_heavy_package():
             "listopd_ray.search.judgement",
             "listopd_ray.search.bracket",
             "listopd_ray.label",
+            "listopd_ray.gauges",
+            "listopd_ray.trace",
         )
         == "[]"
     )
