@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import string
 import threading
 from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from listopd_ray.config import Config
 
@@ -43,7 +45,7 @@ class Gauges:
     and half a minute after that gone, as are those of a process that was killed."""
 
     def __init__(self, config: Config) -> None:
-        self._tags = {"run": config.name}
+        self._tags = {"run": quote(config.name, safe=string.printable)}  # Ray takes ASCII alone
         restarts = {metric: 0.0 for metric in GAUGES if metric.endswith("_restarts")}
         self._constant = {"num_steps": float(config.num_steps), **restarts}
         self._values: dict[str, float] = {}
