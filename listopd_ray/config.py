@@ -255,6 +255,7 @@ class Config:
     alarm: AlarmConfig = field(default_factory=AlarmConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    trace: bool = False  # write trace.json, where the time goes: for ui.perfetto.dev
 
 
 PLAIN_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")

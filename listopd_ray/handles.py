@@ -63,6 +63,10 @@ class Workers:
         with the same seeds, by one that has the current weights."""
         return self._team.results(works)
 
+    def members(self) -> list[tuple[str, Any]]:
+        """As `Team.members`."""
+        return self._team.members()
+
     def use_checkpoint(self) -> None:
         """Serve the weights that the engines were started with: there is no learner."""
         self._everywhere(lambda actor: actor.use_checkpoint.remote())
@@ -91,6 +95,10 @@ class TeacherPool:
     def with_base(self, base_path: Path | None) -> TeacherPool:
         """The same actors, for a run with this base (None: none)."""
         return TeacherPool(self._team, model_files(base_path) if base_path else None)
+
+    def members(self) -> list[tuple[str, Any]]:
+        """As `Team.members`."""
+        return self._team.members()
 
     def score(self, generated: Sequence[Generated]) -> list[Work]:
         """Start scoring, each on one of the actors."""
@@ -132,8 +140,13 @@ class LearnerHandle:
 
     def __init__(self, actor: Any, faults: Faults, spawn: Callable[[], Any] | None) -> None:
         self._actor = actor
+        self._members = [actor]  # and those in its place since
         self._faults = faults
         self._spawn = spawn
+
+    def members(self) -> list[tuple[str, Any]]:
+        """As `Team.members`."""
+        return [("learner", actor) for actor in self._members]
 
     def step(self, scored: Sequence[Scored], lam: float, lr: float) -> dict[str, float]:
         return self._wait(self._actor.step.remote(lam, lr, *scored))
@@ -171,6 +184,7 @@ class LearnerHandle:
             self._faults.spend("learner", reason.removeprefix("learner").lstrip(": "))
             try:
                 self._actor = self._spawn()
+                self._members.append(self._actor)
                 return
             except StartFailed as error:  # on a machine that is about to be known as gone
                 reason = str(error)

@@ -19,6 +19,7 @@ from listopd_ray import __version__
 from listopd_ray.cluster import Cluster, launch, serve
 from listopd_ray.config import CliffConfig, Config, run_directory
 from listopd_ray.evaluate import InChunks, chunk_size, evaluate
+from listopd_ray.gauges import Gauges
 from listopd_ray.handles import LearnerHandle, TeacherPool, make_requests
 from listopd_ray.models import end_ids, load_tokenizer, model_hash
 from listopd_ray.prepare import Prepared, prepare, serving_arguments
@@ -30,6 +31,7 @@ from listopd_ray.steering import check_prediction, read_prediction
 from listopd_ray.supervision import LearnerLost
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import dataset_hash
+from listopd_ray.timeline import traced
 from listopd_ray.tracking import (
     Run,
     check_same,
@@ -168,12 +170,14 @@ def distill(
         check_prediction(config, prepared.hashes)
         digest = hashlib.sha256(Path(config.prediction).read_bytes()).hexdigest()
     hashes = prepared.hashes | ({"prediction": digest} if digest else {})
-    with Run(config, hashes, report) as run:
+    reports = [report] if report else []
+    with Gauges(config) as gauges, Run(config, hashes, gauges.show, *reports) as run:
         learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
         workers = cluster.workers.with_seed(config.seed)
         scorer = cluster.teacher.with_base(prepared.base_path)
-        loop = Loop(config, prepared, workers, scorer, learner, run, cluster.faults)
-        results = loop.run()
+        roles = workers, scorer, learner
+        with traced(config, roles) as trace:
+            results = Loop(config, prepared, *roles, run, cluster.faults, trace).run()
         teacher = teacher_evaluation(config, prepared, cluster.teacher)
         student = run.directory / "student"
         _export(learner, run, student)

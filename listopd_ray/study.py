@@ -317,7 +317,8 @@ def _baselines(config: StudyConfig) -> Iterator[dict[str, Any]]:
 
 
 def _identity(trial: Config) -> str:
-    return repr(replace(trial, name="trial", prediction=None, tracking=TrackingConfig()))
+    same = {"name": "trial", "prediction": None, "tracking": TrackingConfig(), "trace": False}
+    return repr(replace(trial, **same))
 
 
 def _distinct_inputs(config: StudyConfig, curves: dict[str, Curve]) -> Iterator[Config]:

@@ -59,9 +59,14 @@ class Team:
         where several runs share the actors."""
         self.role = role
         self.actors = list(actors)
+        self._members = list(enumerate(actors))  # the ones before too
         self._faults = faults
         self._spawn = spawn
         self.set_up: Callable[[Any], Any] | None = None  # a new actor's call before it serves
+
+    def members(self) -> list[tuple[str, Any]]:
+        """Every actor that it has or had, after the name of its place: "rollout 0"."""
+        return [(f"{self.role} {index}", actor) for index, actor in self._members]
 
     def start(self, index: int, call: Callable[[Any, int], Any]) -> Work:
         actor = self.actors[index]
@@ -114,6 +119,7 @@ class Team:
                 ray.kill(actor)
                 raise
         self.actors[work.index] = actor
+        self._members.append((work.index, actor))
 
 
 def wait(reference: Any, timeout_s: float) -> Any:

@@ -22,8 +22,10 @@ from listopd_ray.types import ListopdError
 from listopd_ray.wandb_run import WandbRun
 
 TIMING = ("time/", "perf/", "fault/")  # the only metrics in which two equal runs may differ
-# Where a run runs and what watches it.
-MAY_DIFFER = re.compile(r"^tracking\.|^autoscaling_wait_s$|\.(num_cpus|num_gpus)$|\.labels(\.|$)")
+# Keys that may differ from sitting to sitting: where a run runs, and what is watched of it.
+MAY_DIFFER = re.compile(
+    r"^(tracking\.|autoscaling_wait_s$|trace$)|\.(num_cpus|num_gpus)$|\.labels(\.|$)"
+)
 LOCK_WAIT_S = 20.0  # the actors of a driver that was killed live on for some seconds
 
 
@@ -52,7 +54,7 @@ def check_writable(directory: Path) -> None:
 class Run:
     """Opens `<out>/<name>`, new or interrupted, and writes everything that belongs into it.
 
-    `hashes` are those of data and models; `report` is given every row of metrics too.
+    `hashes` are those of data and models; all `reports` are given every row of metrics too.
     Raises ListopdError as `check_startable` does, where a continued run was begun on other data or
     models, and where the directory cannot be written.
     """
@@ -61,11 +63,11 @@ class Run:
         self,
         config: Config,
         hashes: dict[str, str],
-        report: Callable[[dict[str, float]], None] | None = None,
+        *reports: Callable[[dict[str, float]], None],
     ) -> None:
         check_startable(config)
         self._lock = ExitStack()
-        self._report = report
+        self._reports = reports
         self.directory = run_directory(config)
         self._config = config
         self._owner = {**_identity(config), **hashes}
@@ -177,8 +179,8 @@ class Run:
         append_rows(self.directory / "metrics.jsonl", [row])
         if self._wandb is not None:
             self._wandb.log(row)
-        if self._report is not None:
-            self._report(row)
+        for report in self._reports:
+            report(row)
 
     def keep_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Outputs of an evaluation."""
@@ -244,7 +246,7 @@ def check_unchanged(config: Config, but_for: Sequence[str] = ()) -> None:
 
 
 def _identity(config: Config) -> dict[str, Any]:
-    """Every key but those that say where a run runs: it may go on on another cluster."""
+    """Every key but those that may differ: a run may go on on another cluster, or be watched."""
     flat = flatten(resolved(config))
     return {key: value for key, value in flat.items() if not MAY_DIFFER.search(key)}
 

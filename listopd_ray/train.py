@@ -32,6 +32,7 @@ from listopd_ray.supervision import (
 )
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import PromptStream
+from listopd_ray.trace import Trace
 from listopd_ray.tracking import Run, evaluation_metrics, progress_bar
 from listopd_ray.types import Inspection, ListopdError, Prompt, Rollout
 
@@ -89,8 +90,10 @@ class Loop:
         learner: LearnerRole,
         run: Run,
         faults: Faults,
+        trace: Trace | None = None,
     ) -> None:
         self._config, self._data, self._run, self._faults = config, data, run, faults
+        self._span = (trace or Trace(False)).span
         self._workers, self._teacher, self._learner = workers, teacher, learner
         self._prompts = PromptStream(data.train.prompts, config.seed)
         self._steering = Steering(config, run.num_rollbacks())
@@ -125,10 +128,11 @@ class Loop:
         state = self._run.restore(self._learner)
         self._take_up(state or self._fresh)
         if state is None:
-            trial = self._workers.generate(self._data.train.prompts[:GATE_PROMPTS], "gate")
-            generated = self._workers.fetch(trial)
-            scored = self._teacher.score_with(self._data.student_path, generated)
-            gate = self._learner.check_scores(scored)
+            with self._span("gate"):
+                trial = self._workers.generate(self._data.train.prompts[:GATE_PROMPTS], "gate")
+                generated = self._workers.fetch(trial)
+                scored = self._teacher.score_with(self._data.student_path, generated)
+                gate = self._learner.check_scores(scored)
             self._results["warm_start"], metrics = self._assess()
             self._run.log(0, gate | metrics)
             self._steering.observe(metrics, lam=1.0)  # its parse rate may be the best
@@ -136,9 +140,10 @@ class Loop:
                 self._save()
 
     def _turn(self) -> None:
-        if self._unfinished is None:
-            self._unfinished = self._update()
-        self._finish(self._unfinished)
+        with self._span("turn", step=self._step):
+            if self._unfinished is None:
+                self._unfinished = self._update()
+            self._finish(self._unfinished)
 
     def _recover(self, error: Exception) -> None:
         """Another learner, and everything as at its newest checkpoint."""
@@ -164,17 +169,19 @@ class Loop:
         config, self._start = self._config, time.perf_counter()
         batch = self._batch = self._batch or self._sample(self._step)
         generated = self._fetch(batch)
+        metrics = queue_metrics(batch, time.perf_counter())
         scoring = self._teacher.score(generated)
         is_last = self._step + 1 == config.num_steps
         upcoming = self._sample(self._step + 1) if config.max_staleness and not is_last else None
         lam = self._steering.lam(self._step)
         lr = schedule_value(config.lr_schedule, config.lr, self._step, config.num_steps)
-        metrics = {"train/lam": lam, "train/lr": lr} | contract_metrics(generated, self._data.text)
-        scored, dropped = admit(
-            generated, self._teacher.fetch(scoring), self._step, config.max_staleness
-        )
+        metrics |= {"train/lam": lam, "train/lr": lr} | contract_metrics(generated, self._data.text)
+        with self._span("wait for scores"):
+            scores = self._teacher.fetch(scoring)
+        scored, dropped = admit(generated, scores, self._step, config.max_staleness)
         metrics |= fault_metrics(generated, dropped, config.faults.max_dropped)
-        metrics |= self._learner.step(scored, lam, lr)
+        with self._span("learn"):
+            metrics |= self._learner.step(scored, lam, lr)
         self._step, self._score = self._step + 1, None
         self._ledger.commit(self._step, generated, dropped)
         if self._is_due(config.evaluation.every):
@@ -186,7 +193,7 @@ class Loop:
 
     def _finish(self, metrics: dict[str, float]) -> None:
         config, step, start = self._config, self._step, time.perf_counter()
-        metrics["sync/canary_max"] = self._workers.load_weights(self._learner.publish_weights())
+        metrics["sync/canary_max"] = self._sync()
         now = time.perf_counter()
         metrics |= {"time/sync_s": now - start, "time/step_s": now - self._start}
         metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
@@ -219,7 +226,7 @@ class Loop:
         )
         self._ledger.begin(self._step)
         self._bar.update(self._step - self._bar.n)
-        self._workers.load_weights(self._learner.publish_weights())
+        self._sync()
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the learner. A batch that is under way is drawn again
@@ -248,23 +255,33 @@ class Loop:
     def _save(self, *, extra: bool = False) -> None:
         healthy = self._step == 0 and not extra  # others once their rollouts are seen
         marks = {"healthy": healthy, "extra": extra, "score": self._score}
-        self._run.save(self._step, self._learner, self._state(), **marks)
+        with self._span("checkpoint"):
+            self._run.save(self._step, self._learner, self._state(), **marks)
         self._kept = (self._step, self._unfinished is None)
 
+    def _sync(self) -> float:
+        """The learner's weights into every worker; the largest canary difference."""
+        with self._span("publish"):
+            weights = self._learner.publish_weights()
+        with self._span("load_weights"):
+            return self._workers.load_weights(weights)
+
     def _sample(self, at: int) -> Batch:
-        before, config = self._prompts.state(), self._config
+        before, config, asked = self._prompts.state(), self._config, time.perf_counter()
         prompts = self._prompts.take(config.num_prompts)
         works = self._workers.generate(prompts, f"train/{at}", group_size=config.group_size)
-        return Batch(before, self._prompts.state(), works)
+        return Batch(before, self._prompts.state(), works, asked=asked)
 
     def _fetch(self, batch: Batch) -> list[Generated]:
         if not batch.generated:
-            batch.generated = self._workers.fetch(batch.works)
+            with self._span("wait for rollouts"):
+                batch.generated = self._workers.fetch(batch.works)
         return batch.generated
 
     def _assess(self) -> tuple[dict[str, Any], dict[str, float]]:
         data, num_prompts = self._data, self._config.evaluation.num_prompts
-        result, judged = evaluate(self._workers, data.evaluation, data.text, num_prompts)
+        with self._span("evaluate"):
+            result, judged = evaluate(self._workers, data.evaluation, data.text, num_prompts)
         kept = judged[: self._config.evaluation.num_samples]
         self._run.keep_samples(self._step, sample_rows(kept, data.evaluation.prompts, data.text))
         return result, evaluation_metrics(result)
@@ -278,6 +295,16 @@ class Batch:
     after: dict[str, Any]
     works: list[Any]  # under way
     generated: list[Generated] = field(default_factory=list)  # once they are done
+    asked: float | None = None  # s, when they were; None: by a process before, another clock
+
+
+def queue_metrics(batch: Batch, now: float) -> dict[str, float]:
+    """How long its samples lay waiting, for workers before they were drawn or for the learner
+    after. Nothing for a batch out of a checkpoint: it lay there while nobody ran."""
+    if batch.asked is None:
+        return {}
+    seconds = max(part.seconds for part in batch.generated)
+    return {"time/queue_wait_s": max(0.0, now - batch.asked - seconds)}
 
 
 def fault_metrics(

@@ -27,7 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Of its own, whatever runs here; with more logical CPUs than the machine has, since the tests
     hold several placement groups at once."""
-    ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as patch:  # gauges at once, for the tests that scrape them
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -111,17 +111,60 @@ def test_an_interrupted_run_continues_to_the_metrics_and_weights_of_an_undisturb
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "log", fail_after_three)
-        run_again(config, prepared, cluster, name="interrupted")
+        run_again(config, prepared, cluster, name="interrupted", trace=True)
+    traced = Path(config.out) / "interrupted" / "trace.json"  # of what there was
+    assert len(rows_of(traced)["learner"]["step"]) == 3
     resumed = run_again(config, prepared, cluster, name="interrupted")
     check_equal(resumed, finished_run)
 
 
-def test_sampling_ahead_is_stale_by_one_update(
-    config: Config, prepared: Prepared, cluster: Cluster
-) -> None:
-    rows = metrics_of(run_again(config, prepared, cluster, name="ahead", max_staleness=1))
+@pytest.fixture(scope="module")
+def ahead_run(config: Config, prepared: Prepared, cluster: Cluster) -> Path:
+    return run_again(config, prepared, cluster, name="ahead", max_staleness=1, trace=True)
+
+
+def test_sampling_ahead_is_stale_by_one_update(ahead_run: Path) -> None:
+    rows = metrics_of(ahead_run)
     assert [row["rollout/staleness"] for row in rows[1:]] == [0, 1, 1, 1]
     assert rows[-1]["kl/mismatch_max"] > 1e-3  # the samples are another policy's, and it shows
+
+
+def rows_of(trace: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """(start, end) of every block, by row and name, in order."""
+    events = json.loads(trace.read_text())["traceEvents"]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    rows: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in names.values()}
+    for event in events:
+        if event["ph"] == "X":
+            block = event["ts"], event["ts"] + event["dur"]
+            rows[names[event["tid"]]].setdefault(event["name"], []).append(block)
+    return rows
+
+
+def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def test_a_trace_shows_what_the_actors_do_in_the_drivers_stages(ahead_run: Path) -> None:
+    rows = rows_of(ahead_run / "trace.json")
+    assert list(rows) == ["driver", "learner", "rollout 0", "teacher 0"]
+    driver, rollout, teacher = rows["driver"], rows["rollout 0"], rows["teacher 0"]
+    assert len(driver["turn"]) == len(driver["learn"]) == len(rows["learner"]["step"]) == 4
+    # Each of these waits for one call of the actor, which lies within it on one machine's clock.
+    for stage, step in zip(driver["learn"], rows["learner"]["step"], strict=True):
+        assert stage[0] <= step[0] and step[1] <= stage[1]
+    for stage, load in zip(driver["load_weights"], rollout["load_weights"], strict=True):
+        assert stage[0] <= load[0] and load[1] <= stage[1]
+    for wait, score in zip(driver["wait for scores"], teacher["score"], strict=True):
+        assert overlap(wait, score)
+    # Each turn but the last begins to sample for the next one before it is over.
+    for turn in driver["turn"][:-1]:
+        assert any(overlap(turn, generate) for generate in rollout["generate"])
+    assert len(rollout["execute"]) >= len(rollout["generate"]) + len(rollout["load_weights"])
+
+
+def test_without_trace_none_is_written(finished_run: Path) -> None:
+    assert not (finished_run / "trace.json").exists()
 
 
 def test_a_finished_run_is_not_overwritten(

@@ -40,6 +40,8 @@ def test_data_config_and_metrics_need_no_heavy_package():
             "listopd_ray.label",
             "listopd_ray.following",
             "listopd_ray.watch",
+            "listopd_ray.gauges",
+            "listopd_ray.trace",
         )
         == "[]"
     )

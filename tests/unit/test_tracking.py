@@ -108,13 +108,14 @@ def test_a_checkpoint_path_that_cannot_be_made_is_refused_before_anything_is(tmp
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_may_go_on_on_another_cluster_but_not_as_another(tmp_path):
+def test_a_run_may_go_on_on_another_cluster_or_traced_but_not_as_another(tmp_path):
     config = Config(out=str(tmp_path), tracking=TrackingConfig(wandb=False))
     with Run(config, {}):
         pass
     elsewhere = replace(
         config,
         autoscaling_wait_s=60.0,
+        trace=True,
         learner=replace(config.learner, num_cpus=4, labels={"pool": "far"}),
         rollout=replace(config.rollout, num_gpus=1),
     )

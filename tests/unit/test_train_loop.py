@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from fakes import FakeLearner, FakeTeacher, FakeWorkers, Interrupted
 
-from listopd_ray import tracking
+from listopd_ray import tracking, train
 from listopd_ray.checkpoint import Checkpoints
 from listopd_ray.config import (
     AlarmConfig,
@@ -19,10 +19,11 @@ from listopd_ray.config import (
     TrackingConfig,
 )
 from listopd_ray.models import encode_prompt
+from listopd_ray.roles.rollout import Generated
 from listopd_ray.supervision import Faults
 from listopd_ray.task.contract import TokenText
 from listopd_ray.tracking import TIMING, Run
-from listopd_ray.train import Loop
+from listopd_ray.train import Batch, Loop, queue_metrics
 from listopd_ray.types import ListopdError, Prompt
 
 NUM_STEPS = 7
@@ -477,3 +478,41 @@ def test_a_resumed_run_over_the_cliff_records_its_alarm_once(
     run(broken, fail_at=fail_at)
     assert run(broken) == run(config) != []
     assert rows(broken) == rows(config)
+
+
+def waits(config):
+    """time/queue_wait_s of every update; None where it is left out."""
+    with open(f"{config.out}/{config.name}/metrics.jsonl", encoding="utf-8") as file:
+        return [json.loads(line).get("time/queue_wait_s") for line in file][1:]
+
+
+def test_queue_wait_is_the_time_from_asking_to_taking_up_less_that_of_the_slowest_worker():
+    parts = [Generated(rollouts=(), seconds=seconds) for seconds in (2.0, 3.0)]
+    assert queue_metrics(Batch({}, {}, [], parts, asked=10.0), 17.5) == {"time/queue_wait_s": 4.5}
+    assert queue_metrics(Batch({}, {}, [], parts, asked=10.0), 12.9) == {"time/queue_wait_s": 0.0}
+    assert queue_metrics(Batch({}, {}, [], parts), 17.5) == {}
+
+
+@pytest.mark.parametrize(("max_staleness", "waited"), [(0, [0, 0, 0]), (1, [0, 8, 8])])
+def test_samples_drawn_ahead_wait_for_the_learner(
+    config, start, monkeypatch, max_staleness, waited
+):
+    now = [100.0]
+    step = FakeLearner.step
+
+    def slow_step(self, *arguments):
+        now[0] += 8.0
+        return step(self, *arguments)
+
+    monkeypatch.setattr(FakeLearner, "step", slow_step)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    config = dataclasses.replace(config, num_steps=3, max_staleness=max_staleness)
+    start(config)
+    assert waits(config) == waited
+
+
+def test_samples_out_of_a_checkpoint_have_no_queue_wait(config, start):
+    config = dataclasses.replace(config, max_staleness=1)
+    start(config, fail_at=4)  # the checkpoint is of update 4, with the samples for the fifth
+    start(config)
+    assert [wait is None for wait in waits(config)] == [False] * 4 + [True] + [False] * 2
