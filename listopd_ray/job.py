@@ -23,7 +23,7 @@ from listopd_ray.gauges import Gauges
 from listopd_ray.handles import LearnerHandle, TeacherPool, make_requests
 from listopd_ray.models import end_ids, load_tokenizer, model_hash
 from listopd_ray.prepare import Prepared, prepare, serving_arguments
-from listopd_ray.report.page import print_link, report_on, write_page
+from listopd_ray.report.page import REPORT, close_with_report
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.slots import Lease
 from listopd_ray.splits import data_directory, load_split
@@ -67,10 +67,9 @@ def train_job(config: Config) -> dict[str, Any]:
         prepared = prepare(config)
         with launch(config, **prepared.cluster_arguments()) as cluster:
             summary = distill(config, prepared, cluster)
-        report_on(run_directory(config))
     print_table({config.name: [summary]})
     print(f"run: {run_directory(config)}")
-    print_link(run_directory(config) / "report.html")
+    close_with_report([run_directory(config)], run_directory(config) / REPORT)
     return summary
 
 
@@ -111,7 +110,7 @@ def demo_job(config: Config) -> None:
             directories.append(run_directory(run_config))
     print_table(summaries)
     print(f"runs: {', '.join(map(str, directories))}")
-    print_link(write_page(directories, Path(config.out) / f"{config.name}.html"))
+    close_with_report(directories, Path(config.out) / f"{config.name}.html")
 
 
 def finished_summary(config: Config) -> dict[str, Any]:

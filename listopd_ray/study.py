@@ -40,7 +40,7 @@ from listopd_ray.config import (
     with_values,
 )
 from listopd_ray.job_config import Curve, StudyConfig
-from listopd_ray.report.page import print_link, report_on
+from listopd_ray.report.page import REPORT, close_with_report
 from listopd_ray.slots import Slots
 from listopd_ray.splits import data_directory
 from listopd_ray.study_report import write_report
@@ -82,7 +82,7 @@ def study_job(config: StudyConfig) -> None:
                 failed += run_curve(config, name, curve, slots, predictor)
         report(config, list(_baselines(config)) if study.baselines else [])
     print(f"study: {directory}")
-    print_link(report_on(directory))
+    close_with_report([directory], directory / REPORT)
     if failed:
         raise ListopdError(
             f"{len(failed)} trials failed, the first ({failed[0][0]}): {failed[0][1]}; "
@@ -317,8 +317,8 @@ def _baselines(config: StudyConfig) -> Iterator[dict[str, Any]]:
 
 
 def _identity(trial: Config) -> str:
-    same = {"name": "trial", "prediction": None, "tracking": TrackingConfig(), "trace": False}
-    return repr(replace(trial, **same))
+    watched = replace(trial, tracking=TrackingConfig(), trace=False)  # or not: the same trial
+    return repr(replace(watched, name="trial", prediction=None))
 
 
 def _distinct_inputs(config: StudyConfig, curves: dict[str, Curve]) -> Iterator[Config]:

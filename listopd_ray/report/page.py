@@ -45,6 +45,7 @@ EVALUATIONS = {
     "kendall_tau": "Kendall τ of parsed",
     "ndcg_at_k_all": "NDCG@K, unparsed 0",
 }
+REPORT = "report.html"  # in the directory of what it is about
 MOST_SAMPLES = 6  # prompts shown
 MOST_SIDES = 5  # groups whose completions stand side by side
 
@@ -57,18 +58,21 @@ def compare_command(paths: list[str], config: CompareConfig) -> None:
 
 
 def report_command(path: str, config: ReportConfig) -> None:
-    print_link(report_on(Path(path), Path(config.out) if config.out else None))
-
-
-def report_on(directory: Path, out: Path | None = None) -> Path:
-    """The page of one run, study or search; by default `report.html` in its directory."""
-    return write_page([directory], out or directory / "report.html")
+    print_link(write_page([Path(path)], Path(config.out or Path(path, REPORT))))
 
 
 def print_link(page: Path) -> None:
-    """As terminals make it one, where there is such a file."""
-    if page.exists():
-        print(f"report: {page.absolute().as_uri()}")
+    """As terminals make it one."""
+    print(f"report: {page.absolute().as_uri()}")
+
+
+def close_with_report(paths: Sequence[Path], out: Path) -> None:
+    """The page, and its link, at the end of a command: one that fails does not fail the work that
+    it is about."""
+    try:
+        print_link(write_page(paths, out))
+    except ListopdError as error:
+        print(f"no report: {error}", file=sys.stderr)
 
 
 def write_page(paths: Sequence[Path], out: Path, keys: Sequence[str] = ()) -> Path:

@@ -85,10 +85,10 @@ class RunData:
         return {  # written before there was `final`
             "lam": lam,
             "seconds": self.summary["seconds"],
-            "tokens": float(self.columns["train/tokens"][-1]),
+            "tokens": self.last("train/tokens"),
             "lambda_star": star,
             "lam_over_lambda_star": lam / star if star else None,
-            **{key: self.summary["student"][key] for key in EVALUATED},
+            **{key: self.summary["student"].get(key) for key in EVALUATED},
         }.get(name)
 
     def first(self, metric: str) -> float | None:
@@ -107,8 +107,8 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         if not path.is_dir():
             raise ListopdError(f"{path}: no such directory")
         if (path / "trials").is_dir():
-            runs = sorted(p for p in (path / "trials").iterdir() if (p / "metrics.jsonl").exists())
-        elif (path / "config.yaml").exists() and (path / "metrics.jsonl").exists():
+            runs = sorted(p for p in (path / "trials").iterdir() if (p / "config.yaml").exists())
+        elif (path / "config.yaml").exists():
             runs = [path]
         else:
             raise ListopdError(f"{path}: neither a run nor a study or search that has trials")
@@ -145,9 +145,10 @@ def read_run(directory: Path) -> RunData:
 
 
 def read_columns(file: Path) -> dict[str, np.ndarray]:
-    """`COLUMNS` of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """`COLUMNS` of a metrics.jsonl, empty where there is none yet; a last line that a crash cut
+    short is left out."""
     try:
-        content = file.read_bytes()
+        content = file.read_bytes() if file.exists() else b""
     except OSError as error:
         raise ListopdError(f"{file}: {error.strerror}") from None
     content = content[: content.rfind(b"\n") + 1]

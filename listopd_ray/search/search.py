@@ -23,7 +23,7 @@ from listopd_ray.cluster import ray_session
 from listopd_ray.config import Config, dump_config, run_directory, with_values
 from listopd_ray.job_config import SearchConfig
 from listopd_ray.models import model_hash
-from listopd_ray.report.page import print_link, report_on
+from listopd_ray.report.page import REPORT, close_with_report
 from listopd_ray.search.bracket import Bracket, bracket_of
 from listopd_ray.search.judgement import Outcome
 from listopd_ray.search.report import Display, draw_bracket, outcome_json
@@ -87,7 +87,7 @@ def search_job(config: SearchConfig) -> None:
     draw_bracket(outcome, directory / "bracket.svg")
     replace_file(directory / "bracket.json", json.dumps(outcome, indent=2) + "\n")
     print_outcome(outcome, directory)
-    print_link(report_on(directory))
+    close_with_report([directory], directory / REPORT)
 
 
 def _run_trials(

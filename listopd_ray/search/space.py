@@ -24,7 +24,7 @@ from tqdm import tqdm
 from listopd_ray.config import Config, run_directory, with_values
 from listopd_ray.following import num_trials
 from listopd_ray.job_config import SearchConfig
-from listopd_ray.report.page import print_link, report_on
+from listopd_ray.report.page import REPORT, close_with_report
 from listopd_ray.search.tuning import PARSE_RATE, CollapseStopper, exact, mark_stopped, run_tune
 from listopd_ray.slots import Slots
 from listopd_ray.tracking import progress_bar, read_jsonl, replace_file
@@ -143,7 +143,7 @@ def run_space(config: SearchConfig, run: Config, slots: Slots) -> None:
             )
     rich.print(_table(config, trials.rows))
     print(f"search: {directory}")
-    print_link(report_on(directory))
+    close_with_report([directory], directory / REPORT)
     if trials.failed:
         raise ListopdError(
             f"{len(trials.failed)} trials failed, the first ({trials.failed[0]['name']}): "

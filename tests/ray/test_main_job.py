@@ -52,10 +52,13 @@ def test_a_run_leaves_config_metrics_samples_checkpoint_student_and_summary(
 def test_a_finished_run_shows_its_table_again_unless_it_is_another(
     finished_run: Path, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = sorted(finished_run.rglob("*"))
+    before = set(finished_run.rglob("*"))
     assert train_job(config) == json.loads((finished_run / "summary.json").read_text())
-    assert "held-out prompts" in capsys.readouterr().out
-    assert sorted(finished_run.rglob("*")) == before
+    shown = capsys.readouterr().out
+    assert "held-out prompts" in shown
+    assert f"report: {(finished_run / 'report.html').absolute().as_uri()}" in shown
+    more = set(finished_run.rglob("*")) - before
+    assert {file.name for file in more} <= {"report.html", "report.md"}
     with pytest.raises(ListopdError, match="begun with another configuration: lr"):
         train_job(dataclasses.replace(config, lr=1.0))
     copy = dataclasses.replace(config, out=str(tmp_path))

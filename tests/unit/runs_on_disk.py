@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from listopd_ray.config import Config, dump_config, with_values
+from listopd_ray.report.page import REPORT, write_page
 from listopd_ray.tracking import evaluation_metrics
 
 REASONS = ("truncated", "not_json", "extra_text", "wrong_schema", "not_a_permutation")
@@ -74,3 +75,7 @@ def write_run(root, name="run", *, steps=4, finished=True, samples=(), updates=(
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (directory / f"{file}.jsonl").write_text(text)
     return rows
+
+
+def page_of(run):
+    return write_page([run], run / REPORT)

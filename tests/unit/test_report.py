@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs_on_disk import sample, write_run
+from runs_on_disk import page_of, sample, write_run
 
 from listopd_ray.config import Config, load_config
 from listopd_ray.report.figures import against_lam, points_of, stage_seconds, styles, thinned
@@ -20,7 +20,7 @@ from listopd_ray.report.groups import (
     overall_mean,
     spread,
 )
-from listopd_ray.report.page import report_on, write_page
+from listopd_ray.report.page import write_page
 from listopd_ray.report.runs import find_runs, read_columns, read_run, read_runs
 from listopd_ray.tracking import Run, evaluation_metrics, read_jsonl
 from listopd_ray.types import ListopdError
@@ -109,7 +109,7 @@ def test_a_damaged_file_is_one_line_that_names_it_and_leaves_no_page(tmp_path, f
     write_run(tmp_path)
     (tmp_path / "run" / file).write_text(content)
     with pytest.raises(ListopdError, match=rf"{file}: {said}") as raised:
-        report_on(tmp_path / "run")
+        page_of(tmp_path / "run")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run" / "report.html").exists()
 
@@ -257,7 +257,7 @@ def test_few_groups_have_colours_of_their_own_and_many_a_scale(tmp_path):
 
 def test_the_page_holds_the_numbers_of_metrics_and_summary(tmp_path):
     rows = write_run(tmp_path)
-    page = Page(report_on(tmp_path / "run"))
+    page = Page(page_of(tmp_path / "run"))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for name, value in summary["final"].items():
         if name not in ("lam", "lambda_star"):
@@ -283,7 +283,7 @@ def test_page_metrics_and_offline_wandb_have_the_same_numbers(tmp_path, monkeypa
             kept = {k: v for k, v in row.items() if k not in ("train/step", "train/tokens")}
             run.log(row["train/step"], kept)
         run.finish(made | {"final": run.final_numbers(made["student"], 4.0)})
-    page = Page(report_on(run.directory))
+    page = Page(page_of(run.directory))
     (file,) = (run.directory / "wandb").glob("offline-run-*/*.wandb")
     wandb = Path(sys.executable).with_name("wandb")
     leet = [wandb, "leet", "inspect", "--json"]
@@ -331,7 +331,7 @@ def test_the_first_violation_of_each_answer_is_marked(tmp_path):
         sample(id="good", completion='{"ranking": [2, 1]}', reason=None, ranking=[2, 1]),
     ]
     write_run(tmp_path, samples=rows)
-    text = report_on(tmp_path / "run").read_text()
+    text = page_of(tmp_path / "run").read_text()
     quoted = "{&#34;ranking&#34;: [2, "
     assert f"<pre>{quoted}<mark>2</mark>]}}</pre>" in text
     assert "[2,<mark>⏏ cut off</mark></pre>" in text
@@ -342,13 +342,13 @@ def test_the_first_violation_of_each_answer_is_marked(tmp_path):
 
 def test_an_unfinished_run_has_a_page_too(tmp_path):
     write_run(tmp_path, steps=2, finished=False)
-    assert "not finished: 2 of 4 updates" in report_on(tmp_path / "run").read_text()
+    assert "not finished: 2 of 4 updates" in page_of(tmp_path / "run").read_text()
 
 
 def test_a_run_that_has_logged_nothing_has_a_page_too(tmp_path):
     write_run(tmp_path, steps=0, finished=False)
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
-    assert "not finished: 0 of 4 updates" in report_on(tmp_path / "run").read_text()
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert "not finished: 0 of 4 updates" in page_of(tmp_path / "run").read_text()
 
 
 def test_a_name_cannot_break_the_markdown_table(tmp_path):
