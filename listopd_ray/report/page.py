@@ -83,11 +83,12 @@ def write_page(paths: Sequence[Path], out: Path, keys: Sequence[str] = ()) -> Pa
     Raises ListopdError where a path holds no run, a file is not what a run writes, or `out` cannot
     be written.
     """
+    directories = find_runs(paths)
     if out.suffix != ".html":
         raise ListopdError(f"out: {out}: must end in .html")
     if not out.absolute().parent.is_dir():
         raise ListopdError(f"out: {out}: no directory {out.parent}")
-    runs = read_runs(find_runs(paths))
+    runs = read_runs(directories)
     groups = group_runs(runs, keys)
     names = [path.resolve().name for path in paths]
     title = names[0] if len(names) == 1 else f"{len(runs)} runs compared"

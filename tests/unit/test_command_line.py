@@ -30,7 +30,8 @@ def test_help_names_every_key_with_its_default(name, capsys):
     main([*name.split(), "--help"])
     shown = capsys.readouterr().out
     assert COMMANDS[name].summary[1:] in shown
-    assert ("every_s=2.0" if name == "watch" else "seed=0") in shown
+    others = {"watch": "every_s=2.0", "report": "out=null", "compare": "out=compare.html"}
+    assert others.get(name, "seed=0") in shown
 
 
 def test_help_shows_defaults_of_nested_and_inherited_keys(capsys):
@@ -63,6 +64,11 @@ def test_the_version_is_the_packages(capsys):
         (["train", "clip=1"], "clip: c must be > 1"),
         (["train", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["train", "--fast"], "--fast: no such flag"),
+        (["train", "-f=1"], "-f=1: no such flag"),
+        (["train", "--bogus", "1"], "bogus"),
+        (["compare", "--group", "lam"], "RUN… is missing"),
+        (["report", "no/such/run"], "no such directory"),
+        (["report"], "RUN is missing"),
         (["train", "fast"], "'fast' is neither key=value nor a YAML file"),
         (["evaluate", "lam=1"], "MODEL is missing"),
         (["label", "out=labelled"], "MODEL is missing"),

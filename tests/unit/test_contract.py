@@ -15,6 +15,7 @@ from listopd_ray.task.contract import (
     TokenText,
     answer_text,
     chat_messages,
+    first_violation,
     ideal_ranking,
     judge,
     prompt_text,
@@ -425,3 +426,35 @@ def test_first_tokens_count_an_id_with_and_without_a_space():
     found = IdTokens(tokenizer, 12).first_tokens(frozenset({12}))
     texts = TokenText(tokenizer, eos_ids=()).pieces(found)
     assert sorted(texts) == [" 1", " 12", "1", "12"]
+
+
+@pytest.mark.parametrize(
+    ("text", "at"),
+    [
+        ('{"ranking": [2, 1, 3]}', None),
+        (' {"ranking":[2,1,3]\n} ', None),
+        ('{"ranking": [2, 2, 3]}', 16),
+        ('{"ranking": [2, 4, 3]}', 16),
+        ('{"ranking": [2, 1]}', 17),
+        ('{"ranking": [2, 1, 3]', 21),
+        ("", 0),
+        ('{"ranking": [2, 1, 3]}!', 22),
+        ('{"rank": [2, 1, 3]}', 6),
+    ],
+)
+def test_the_first_violation_is_where_a_reader_would_point(text, at):
+    assert first_violation(text, 3) == at
+
+
+@given(rankings, st.data())
+@fuzz_settings
+def test_a_completion_without_a_violation_is_one_that_parses(ranking, data):
+    text = answer_text(ranking)
+    at = data.draw(st.integers(0, len(text)))
+    cut = data.draw(st.integers(0, 2))
+    text = text[:at] + data.draw(st.text('{}[]", 0123456789ranki', max_size=3)) + text[at + cut :]
+    at = first_violation(text, len(ranking))
+    assert (at is None) == (strict_parse(text, len(ranking), "stop")[1] is None)
+    if at is not None and at < len(text):  # what comes before may go on to an answer
+        assert first_violation(text[:at], len(ranking)) in (at, None)
+        assert first_violation(text[: at + 1] + "?", len(ranking)) == at

@@ -13,7 +13,7 @@ from listopd_ray.roles import learner as learner_module
 from listopd_ray.roles.learner import Learner
 from listopd_ray.roles.rollout import Generated, Request, RolloutWorker
 from listopd_ray.roles.teacher import Scored, Teacher
-from listopd_ray.types import ListopdError, Prompt, TokenClass
+from listopd_ray.types import CONTRACT_CLASSES, ListopdError, Prompt, TokenClass
 
 LR = 1e-3
 TIMING = ("time/", "perf/")
@@ -468,3 +468,44 @@ def test_a_prompt_is_no_part_of_the_loss(make_learner, scored):
     shorter = dataclasses.replace(part, rollout=rollout, **cut)
     metrics = make_learner().step(1.0, LR, Scored(rollouts=(shorter,), seconds=0.0))
     assert metrics["rollout/tokens"] == len(part.rollout.token_ids) - 3
+
+
+def test_inspection_gives_advantages_in_the_order_of_the_batch(make_learner, scored):
+    """Micro-batches take the rollouts in another order."""
+    whole, ones = make_learner(micro_batch_size=8), make_learner(micro_batch_size=1)
+    shown = [learner.step(1.5, LR, scored) and learner.inspect() for learner in (whole, ones)]
+    lengths = [len(r.rollout.token_ids) for r in scored.rollouts]
+    assert len(set(lengths)) > 1
+    for inspection in shown:
+        assert [len(a) for a in inspection.advantages] == lengths
+    for left, right in zip(*(inspection.advantages for inspection in shown), strict=True):
+        assert left == pytest.approx(right, abs=1e-5)
+    mean = np.concatenate(shown[0].advantages).mean()
+    again = make_learner(micro_batch_size=8).step(1.5, LR, scored)
+    assert mean == pytest.approx(again["loss/advantage"], rel=1e-5)
+
+
+def test_histograms_count_every_token_and_rollout(make_learner, scored):
+    parts = [replaced(scored, 0, sampler_logprobs=scored.rollouts[0].rollout.sampler_logprobs - 9)]
+    learner = make_learner()
+    learner.step(1.5, LR, *parts)
+    histograms = learner.inspect().histograms
+    ratio, staleness = histograms["loss/importance_ratio"], histograms["rollout/staleness"]
+    tokens = sum(len(r.rollout.token_ids) for r in scored.rollouts)
+    assert sum(ratio.counts) == tokens
+    assert ratio.counts[-1] == len(scored.rollouts[0].rollout.token_ids)  # e⁹ is in the open bin
+    assert ratio.edges[0] == pytest.approx(1 / 4) and ratio.edges[-1] == pytest.approx(4)
+    middle = len(ratio.counts) // 2
+    assert ratio.edges[middle] < 1 < ratio.edges[middle + 1]
+    assert (staleness.counts, staleness.edges) == ([len(scored.rollouts)], [-0.5, 0.5])
+
+
+def test_reverse_kl_of_a_class_is_that_of_its_tokens(make_learner, scored):
+    learner = make_learner(clip=math.inf)  # and λ = 1: the advantage is log π_T − log π_θ
+    metrics = learner.step(1.0, LR, scored)
+    gaps = np.concatenate(learner.inspect().advantages)
+    classes = np.concatenate([r.token_classes for r in scored.rollouts])
+    for token_class in CONTRACT_CLASSES:
+        expected = -gaps[classes == token_class].mean()
+        assert metrics[f"kl/reverse_{token_class.name.lower()}"] == pytest.approx(expected)
+    assert metrics["kl/reverse"] == pytest.approx(-gaps.mean())

@@ -102,3 +102,11 @@ def test_what_is_no_secret_stays():
     config = load_config(Config, ["data.path=x"])  # noqa: F811
     assert load_config(Config, []) != config
     assert HIDDEN not in dump_config(config)
+
+
+def test_the_shells_directories_are_no_secrets(monkeypatch):
+    monkeypatch.setenv("PWD", "/home/user/project")
+    monkeypatch.setenv("OLDPWD", "/home/user/other")
+    monkeypatch.setenv("DB_PWD", "hunter2hunter2")
+    text = "/home/user/project/runs /home/user/other hunter2hunter2"
+    assert redacted_text(text) == "/home/user/project/runs /home/user/other <redacted>"

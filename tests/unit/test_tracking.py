@@ -24,6 +24,7 @@ from listopd_ray.tracking import (
     replace_file,
 )
 from listopd_ray.types import ListopdError
+from listopd_ray.wandb_run import symbolic_name
 
 
 def test_the_offline_wandb_run_holds_the_numbers_of_metrics_jsonl(tmp_path, monkeypatch):
@@ -123,3 +124,75 @@ def test_a_run_may_go_on_on_another_cluster_or_traced_but_not_as_another(tmp_pat
         pass
     with pytest.raises(ListopdError, match=r"rollout.num_workers \(1 → 2\)$"):
         check_startable(replace(elsewhere, rollout=replace(elsewhere.rollout, num_workers=2)))
+
+
+def wandb_records(directory):
+    (file,) = (directory / "wandb").glob("offline-run-*/*.wandb")
+    wandb = Path(sys.executable).with_name("wandb")
+    command = [wandb, "leet", "inspect", "--json", file]
+    lines = subprocess.run(command, capture_output=True, check=True).stdout.splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_trial_in_wandb_has_group_name_tables_histograms_and_the_student(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = ["name=core-lam1.3-s4", "lam=1.3", "seed=4", "extrapolation=bounded"]
+    settings += ["tracking.group=study", "tracking.job_type=study", "tracking.artifact=true"]
+    config = load_config(Config, [f"out={tmp_path}", *settings])
+    sample = {"id": "q", "prompt": "a prompt", "completion": "an answer", "reason": "not_json"}
+    sample |= {"tokens": ["an", " answer"], "advantages": [0.5, None]}
+    histogram = {"counts": [1, 2], "edges": [0.0, 1.0, 2.0]}
+    with Run(config, {}) as run:
+        run.log(0, {})
+        run.keep_update(1, {"rollouts": [sample], "histograms": {"rollout/staleness": histogram}})
+        run.log(1, {"kl/reverse": 0.5, "rollout/tokens": 100.0})
+        run.log(2, {"kl/reverse": 0.4, "rollout/tokens": 50.0})
+        (run.directory / "student").mkdir()
+        (run.directory / "student" / "model.safetensors").write_bytes(b"weights")
+        run.finish({"final": {"parse_rate": 0.5}})
+    records = wandb_records(run.directory)
+    (begun,) = (record["run"] for record in records if record["type"] == "run")
+    assert (begun["run_group"], begun["job_type"]) == ("study", "study")
+    assert begun["display_name"] == "lam=1.30 c=2 s4 bounded"
+    assert begun["tags"] == ["core-lam1.3-s4", "bounded"]
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert [row["train/tokens"] for row in history] == [0.0, 100.0, 150.0]
+    assert ["samples/rollouts.path" in row for row in history] == [False, True, False]
+    assert history[1]["histogram/rollout/staleness.values"] == [1, 2]
+    assert history[1]["histogram/rollout/staleness.bins"] == [0.0, 1.0, 2.0]
+    (table,) = (run.directory / "wandb").rglob("rollouts_*.table.json")
+    assert json.loads(table.read_text())["data"] == [
+        [1, "q", "a prompt", "an answer", "not_json", '+0.50  "an"']
+    ]
+    metrics = {
+        record["metric"].get("glob_name") for record in records if record["type"] == "metric"
+    }
+    assert "*" in metrics
+    kinds = [record["artifact"]["type"] for record in records if record["type"] == "artifact"]
+    assert "model" in kinds
+
+
+def test_a_run_that_goes_on_is_the_same_one_in_wandb_and_counts_its_tokens_on(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = load_config(Config, [f"out={tmp_path}", "name=mine"])
+    ids = []
+    for _ in range(2):
+        with Run(config, {}) as run:
+            run.log(1, {"rollout/tokens": 100.0})
+            ids.append(run._wandb._run.id)
+    assert len(set(ids)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (["lam=1.3"], "lam=1.30 c=2 s0"),
+        (["lam=1.125", "clip=1.3", "seed=7"], "lam=1.125 c=1.3 s7"),
+        (["lam=auto"], "lam=auto c=2 s0"),
+        (["lam=2", "governor.enabled=true"], "lam=2.00 c=2 s0 governed"),
+    ],
+)
+def test_names_say_lambda_clip_and_seed(settings, name):
+    assert symbolic_name(load_config(Config, settings)) == name
