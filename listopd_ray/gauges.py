@@ -36,7 +36,7 @@ GAUGES = {
     "fault/rollout_restarts": ("listopd_rollout_restarts", "Rollout workers replaced so far"),
     "fault/teacher_restarts": ("listopd_teacher_restarts", "Teachers replaced so far"),
     "fault/learner_restarts": ("listopd_learner_restarts", "Learners replaced so far"),
-    "train/step": ("listopd_step", "Updates done"),  # last: who sees it sees the others
+    "train/step": ("listopd_step", "Updates done"),
 }
 
 
