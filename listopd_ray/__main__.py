@@ -282,7 +282,8 @@ def _dispatch(arguments: list[str]) -> None:
     rest = _without_dashes(rest)
     positional: list[Any] = []
     if command.positional:
-        paths = [a for a in rest if "=" not in a and not a.endswith((".yaml", ".yml"))]
+        is_key = re.compile(r"=|\.ya?ml$")
+        paths = [a for a in rest if not is_key.search(a) or Path(a).is_dir()]
         several = command.positional.endswith("…")
         if not paths or (not several and rest[0] != paths[0]):
             raise ListopdError(f"{name}: {command.positional} is missing (listopd {name} --help)")

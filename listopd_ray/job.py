@@ -65,8 +65,13 @@ def train_job(config: Config) -> dict[str, Any]:
         if config.prediction:
             read_prediction(config)
         prepared = prepare(config)
-        with launch(config, **prepared.cluster_arguments()) as cluster:
-            summary = distill(config, prepared, cluster)
+        try:
+            with launch(config, **prepared.cluster_arguments()) as cluster:
+                summary = distill(config, prepared, cluster)
+        except ListopdError:
+            if (run_directory(config) / "metrics.jsonl").exists():  # one looks then most of all
+                close_with_report([run_directory(config)], run_directory(config) / REPORT)
+            raise
     print_table({config.name: [summary]})
     print(f"run: {run_directory(config)}")
     close_with_report([run_directory(config)], run_directory(config) / REPORT)

@@ -89,7 +89,8 @@ class Run:
         root = f"{path.rstrip('/')}/{config.name}" if path else str(self.directory / "checkpoints")
         self._root, self._checkpoints = root, Checkpoints(root, config.checkpoint.keep)
         self._num_tokens = 0.0  # sampled for all updates so far
-        self._wandb = WandbRun(config, self.directory) if config.tracking.wandb else None
+        is_sent = config.tracking.wandb
+        self._wandb = WandbRun(config, self.directory, self._owner) if is_sent else None
 
     def __enter__(self) -> Run:
         return self
@@ -97,14 +98,18 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
-        self._lock.close()
-        if self._wandb is not None:
-            self._wandb.close(0 if kind is None else 1)
+        try:
+            if self._wandb is not None:
+                self._wandb.close(0 if kind is None else 1)
+        finally:
+            self._lock.close()
 
     def restore(self, learner: Saves) -> dict[str, Any] | None:
         """State of the newest checkpoint, put into `learner`; what was logged later is cut, but for
         roll-backs."""
         state = self._checkpoints.restore(learner)
+        if self._wandb is not None:
+            self._wandb.forget_update()
         if state is not None:
             self._check_owner(state["run"])
         last_step = state["step"] if state else -1
@@ -148,6 +153,8 @@ class Run:
         """`restore` once a roll-back is recorded: from the newest checkpoint that was healthy."""
         state = self.restore(learner)
         assert state is not None  # the one before the first update is healthy
+        if self._wandb is not None:
+            self._wandb.roll_back(state["step"])
         return state
 
     def record(self, event: dict[str, Any]) -> str:
@@ -313,10 +320,12 @@ def read_jsonl(file: Path) -> list[Any]:
     """Its rows, less one that a crash cut short; none where there is no file."""
     if not file.exists():
         return []
-    *whole, _ = file.read_text(encoding="utf-8").split("\n")
     try:
+        *whole, _ = file.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in whole]
-    except ValueError:
+    except OSError as error:
+        raise ListopdError(f"{file}: {error.strerror}") from None
+    except (ValueError, RecursionError):
         raise ListopdError(f"{file}: not JSON lines") from None
 
 

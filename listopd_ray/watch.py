@@ -83,7 +83,7 @@ def _marks(view: RunView | JobView) -> dict[str, Any]:
 
 
 def summary_line(view: RunView | JobView) -> str:
-    name = view.directory.name
+    name = view.directory.resolve().name
     if isinstance(view, JobView):
         return f"{name}: {state_text(view)}, {_counts(view)}{_left(view)}"
     parse = f", parse {view.parse[-1]:.2f}" if view.parse else ""
@@ -143,7 +143,7 @@ def _render_run(view: RunView) -> RenderableType:
 
 
 def _head(view: RunView | JobView, title: str) -> Text:
-    name = (f"{view.directory.name}: ", "bold")
+    name = (f"{view.directory.resolve().name}: ", "bold")
     return Text.assemble(name, (state_text(view), COLOURS[view.state]), f"\n{title}")
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from listopd_ray.cliff.verdict import ENOUGH_PARSED
 from listopd_ray.report.groups import Group, late_mean, mean_curve, overall_mean
 from listopd_ray.report.runs import BY_CLASS, CLASSES, STAGES, RunData
 
@@ -105,7 +104,7 @@ def learning_curves(groups: Sequence[Group]) -> Iterator[tuple[str, go.Figure]]:
                 meta={"group": index, "metric": metric},
             )
         if len(extent) > 1 or (extent and extent != {0.0}):
-            figure.update_layout(meta={"axis": "steps"}, xaxis_title="updates")
+            figure.update_layout(meta={"axis": "steps", "metric": metric}, xaxis_title="updates")
             if max(extent) <= 1 and min(extent) >= 0 and "norm" not in title:
                 figure.update_yaxes(rangemode="tozero")
             yield title, figure
@@ -124,19 +123,19 @@ class Point:
 
 
 def points_of(groups: Sequence[Group]) -> list[Point]:
-    """A run without an end counts with what parsed of its last training samples."""
+    """Of all runs whose λ is a number."""
     points = []
     for group in groups:
+        family = group.family if "lam" in group.values else group.label
         for run in group.runs:
-            parse_rate, finished = run.final("parse_rate"), run.summary is not None
-            if not finished:
-                parse_rate = run.last("contract/parse_rate")
-            if parse_rate is None or group.lam is None:
+            parse_rate, lam = run.final("parse_rate"), run.config["lam"]
+            if parse_rate is None or isinstance(lam, str):
                 continue
+            finished = run.summary is not None
             about = f"{run.name}, seed {run.config['seed']}"
             about += "" if finished else f": no end, after {run.num_updates} updates"
             ndcg = run.final("ndcg_at_1")
-            points.append(Point(group.family, group.lam, parse_rate, ndcg, about, finished))
+            points.append(Point(family, float(lam), parse_rate, ndcg, about, finished))
     return points
 
 
@@ -148,15 +147,14 @@ def against_lam(
 ) -> go.Figure:
     """Strict parse above NDCG@1 of parsed outputs, against λ: a line a family (means over seeds), a
     point a run, open where it has no end. `stars`: {label, value, low, high} of what was predicted;
-    `onset`: as measured. NDCG@1 is left out where too few outputs parse for it to mean anything."""
+    `onset`: as measured."""
     figure = go.Figure()
     families = list(dict.fromkeys(point.family for point in points))
     for family, colour, marker in zip(families, cycle(PALETTE), cycle(MARKERS)):
         own = [point for point in points if point.family == family]
         for metric, axis in (("parse_rate", "y"), ("ndcg_at_1", "y2")):
-            known = [p for p in own if metric == "parse_rate" or p.parse_rate >= ENOUGH_PARSED]
             pairs: list[tuple[Point, float]] = [
-                (p, y) for p in known if (y := getattr(p, metric)) is not None
+                (p, y) for p in own if (y := getattr(p, metric)) is not None
             ]
             lams = sorted({point.lam for point, _ in pairs})
             figure.add_scatter(
@@ -187,7 +185,7 @@ def against_lam(
                 yaxis=axis,
             )
     _mark_lam(figure, stars, onset)
-    empty = all(p.ndcg_at_1 is None or p.parse_rate < ENOUGH_PARSED for p in points)
+    empty = all(point.ndcg_at_1 is None for point in points)
     figure.update_layout(
         xaxis={"title": "λ", "anchor": "y2"},
         yaxis={"title": "strict parse", "domain": [0.43, 1], "range": [-0.03, 1.03]},
@@ -329,7 +327,7 @@ def by_class(groups: Sequence[Group]) -> Iterator[tuple[str, go.Figure]]:
                     )
             figure.update_xaxes(type="category")
         if any(len(trace.x) for trace in figure.data):
-            figure.update_layout(legend=LEGEND_ABOVE)
+            figure.update_layout(legend=LEGEND_ABOVE, meta={"metric": f"{metric}_<class>"})
             figure.update_yaxes(rangemode="tozero")
             yield CLASS_CHARTS[metric], figure
 
@@ -378,7 +376,7 @@ def histograms(inspection: Mapping[str, Any]) -> Iterator[tuple[str, go.Figure]]
         "rollout/staleness": "staleness of samples (updates)",
     }
     for name, title in titles.items():
-        histogram = inspection["histograms"].get(name)
+        histogram = inspection.get("histograms", {}).get(name)
         if not histogram:
             continue
         edges = np.array(histogram["edges"])

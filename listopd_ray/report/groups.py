@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -15,9 +16,17 @@ from listopd_ray.report.runs import RunData, as_json
 from listopd_ray.tracking import MAY_DIFFER
 from listopd_ray.types import ListopdError
 
-# Keys that say which run it is, not what it does.
-NAMES = ("name", "out", "cache", "seed", "prediction", "demo_seeds", "checkpoint.path")
-ALWAYS_TOLD = ("lam", "clip", "extrapolation")  # others where they are not what most runs have
+# Keys that say which run it is, or what is kept and measured of it, not what it learns.
+APART = re.compile(
+    r"^(name|out|cache|seed|prediction|demo_seeds|cliff\.measure|evaluation\.(every|num_samples))$"
+    r"|^(checkpoint|faults)\."
+)
+ALWAYS_TOLD = (
+    "lam",
+    "clip",
+    "extrapolation",
+    "curve",
+)  # others where they are not what most runs have
 SYMBOLS = {"lam": "λ", "clip": "c", "delta": "δ", "ratio_clip": "ε"}
 
 
@@ -29,14 +38,8 @@ class Group:
     values: dict[str, Any]  # of the keys in which the groups differ
     runs: list[RunData]
 
-    @property
-    def lam(self) -> float | None:
-        """λ as it was set; None for `auto`."""
-        lam = self.runs[0].config["lam"]
-        return None if isinstance(lam, str) else float(lam)
-
     def finals(self, name: str) -> list[float]:
-        """One a finished run that has the number."""
+        """One a run that has the number."""
         return [value for run in self.runs if (value := run.final(name)) is not None]
 
 
@@ -48,11 +51,13 @@ class Spread:
     deviation: float  # the sample's standard deviation; NaN for one value
     count: int
 
-    def text(self, digits: int) -> str:
+    def text(self, digits: int, of: int = 1) -> str:
+        """`of`: how many runs there are, which is said where not all have the number."""
         if self.count == 0:
             return "–"
-        mean = f"{self.mean:,.{digits}f}"
-        return mean if self.count == 1 else f"{mean} ± {self.deviation:,.{digits}f}"
+        text = f"{self.mean:,.{digits}f}"
+        text += f" ± {self.deviation:,.{digits}f}" if self.count > 1 else ""
+        return text if self.count >= of else f"{text} ({self.count} of {of})"
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -66,7 +71,9 @@ def differing_keys(runs: Sequence[RunData]) -> list[str]:
     """Keys of the configuration that have several values, λ and c first."""
     first = runs[0].config
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    kept = [key for key in keys if key not in NAMES and not MAY_DIFFER.search(key)]
+    kept = [key for key in keys if not APART.search(key) and not MAY_DIFFER.search(key)]
+    if len({run.inputs.get("data") for run in runs}) == 1 and "data" in runs[0].inputs:
+        kept.remove("data.path")  # the same data, wherever it lies
     differ = [
         key
         for key in kept
@@ -122,7 +129,7 @@ def label_of(values: dict[str, Any]) -> str:
     parts = []
     for key, value in values.items():
         shown = as_json(value)
-        if key == "extrapolation":
+        if key in ("extrapolation", "curve"):
             parts.append(shown)
         elif key in SYMBOLS:
             parts.append(f"{SYMBOLS[key]} = {shown}")

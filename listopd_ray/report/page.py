@@ -14,13 +14,16 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from listopd_ray import __version__
-from listopd_ray.job_config import CompareConfig, ReportConfig
+from listopd_ray.cliff.verdict import ENOUGH_PARSED
+from listopd_ray.config import load_config
+from listopd_ray.job_config import CompareConfig, ReportConfig, StudyConfig
 from listopd_ray.report import figures
 from listopd_ray.report.figures import Point, against_lam, points_of, styles, thinned
 from listopd_ray.report.groups import (
     SYMBOLS,
     Group,
     group_runs,
+    label_of,
     largest_family,
     mean_curve,
     spread,
@@ -34,6 +37,7 @@ RESULTS = {  # of a run's final numbers
     "parse_rate": "strict parse",
     "ndcg_at_1": "NDCG@1 of parsed",
     "ndcg_at_k_all": "NDCG@K, unparsed 0",
+    "lambda_star": "λ*",
     "lam_over_lambda_star": "λ/λ*",
     "tokens": "tokens",
     "seconds": "seconds",
@@ -48,7 +52,7 @@ EVALUATIONS = {
 }
 REPORT = "report.html"  # in the directory of what it is about
 MOST_SAMPLES = 6  # prompts shown
-MOST_SIDES = 5  # groups whose completions stand side by side
+MOST_SIDES = 4  # groups whose completions stand side by side
 
 
 def compare_command(paths: list[str], config: CompareConfig) -> None:
@@ -83,22 +87,43 @@ def write_page(paths: Sequence[Path], out: Path, keys: Sequence[str] = ()) -> Pa
     Raises ListopdError where a path holds no run, a file is not what a run writes, or `out` cannot
     be written.
     """
-    directories = find_runs(paths)
+    directories, table = find_runs(paths), out.with_suffix(".md")
     if out.suffix != ".html":
         raise ListopdError(f"out: {out}: must end in .html")
     if not out.absolute().parent.is_dir():
         raise ListopdError(f"out: {out}: no directory {out.parent}")
+    if table.exists() and not out.exists():
+        raise ListopdError(f"out: {table}: exists, and is not the table of such a page")
     runs = read_runs(directories)
+    try:
+        content = _content(paths, runs, keys)
+        page = _template().render(content)
+    except (KeyError, TypeError, AttributeError, jinja2.UndefinedError) as error:
+        names = ", ".join(map(str, paths))
+        raise ListopdError(f"{names}: holds what no run writes: {error!r}") from None
+    replace_file(out, page)
+    replace_file(table, _markdown(content))
+    return out
+
+
+def _content(paths: Sequence[Path], runs: list[RunData], keys: Sequence[str]) -> dict[str, Any]:
+    verdict = json_or_none(paths[0] / "verdict.json") if len(paths) == 1 else None
+    if verdict and not keys:
+        keys = ("lam", "curve")  # the plan of a study says in what its curves differ
+        for run in runs:
+            run.config["curve"] = run.name.rpartition("-lam")[0]
     groups = group_runs(runs, keys)
     names = [path.resolve().name for path in paths]
-    title = names[0] if len(names) == 1 else f"{len(runs)} runs compared"
-    context = {
-        "title": title,
+    alone = runs[0] if len(runs) == 1 else None
+    inspection = alone.inspection if alone else None
+    return {
+        "title": names[0] if len(names) == 1 else f"{len(runs)} runs compared",
         "version": __version__,
         "headline": _headline(groups),
-        "charts": [*_lam_charts(paths, groups)],
-        "tests": _tests(paths),
-        "evaluations": _evaluations(runs[0]) if len(runs) == 1 else [],
+        "charts": list(_lam_charts(paths, groups, verdict)),
+        "tests": _tests(verdict) if verdict else [],
+        "curves_set": _curves(paths[0]) if verdict else {},
+        "evaluations": _evaluations(alone.summary) if alone and alone.summary else [],
         "evaluation_columns": EVALUATIONS,
         "keys": list(groups[0].values),
         "symbols": SYMBOLS,
@@ -107,23 +132,17 @@ def write_page(paths: Sequence[Path], out: Path, keys: Sequence[str] = ()) -> Pa
         "digits": {name: 0 if name in WHOLE else 3 for name in RESULTS},
         "legend": _legend(groups),
         "axes": [_token_axis(group) for group in groups],
-        "curves": [*map(_chart, *_transposed(figures.learning_curves(groups)))],
-        "classes": [*map(_chart, *_transposed(figures.by_class(groups)))],
+        "curves": [_chart(*pair) for pair in figures.learning_curves(groups)],
+        "classes": [_chart(*pair) for pair in figures.by_class(groups)],
         "stages": _chart("seconds an update, by stage", figures.stage_seconds(groups)),
         "samples": _samples(groups),
-        "taught": _taught(runs[0]) if len(runs) == 1 else [],
-        "histograms": [],
+        "taught": _taught(inspection) if inspection else [],
+        "histograms": [_chart(*pair) for pair in figures.histograms(inspection or {})],
         "events": [(run.name, event) for run in runs for event in run.events],
-        "runs": [_provenance(run, out) for run in runs],
-        "config": runs[0].config if len(runs) == 1 else {},
+        "runs": [_provenance(run) for run in runs],
+        "config": alone.config if alone else {},
         "plotly": get_plotlyjs(),
     }
-    if len(runs) == 1 and runs[0].inspection:
-        pairs = figures.histograms(runs[0].inspection)
-        context["histograms"] = [*map(_chart, *_transposed(pairs))]
-    replace_file(out, _template().render(context))
-    replace_file(out.with_suffix(".md"), _markdown(context))
-    return out
 
 
 def _template() -> jinja2.Template:
@@ -135,20 +154,14 @@ def _template() -> jinja2.Template:
     return environment.get_template("page.html")
 
 
-def _transposed(pairs: Iterator[tuple[str, go.Figure]]) -> tuple[list[str], list[go.Figure]]:
-    titles, charts = [], []
-    for title, chart in pairs:
-        titles.append(title)
-        charts.append(chart)
-    return titles, charts
-
-
 def _chart(title: str, figure: go.Figure) -> dict[str, Any]:
     """Title and the JSON that plotly.js takes; nothing in it can end the script it stands in."""
     figure.update_layout(template="none")
     text = figure.to_json().replace("<", "\\u003c").replace(">", "\\u003e")
+    metric = (figure.layout.meta or {}).get("metric", "")
     height = figure.layout.height or 300
-    return {"title": title, "json": text.replace("&", "\\u0026"), "height": height}
+    text = text.replace("&", "\\u0026")
+    return {"title": title, "metric": metric, "json": text, "height": height}
 
 
 def _headline(groups: Sequence[Group]) -> str:
@@ -169,10 +182,12 @@ def _headline(groups: Sequence[Group]) -> str:
     return counted + (f"; {open_ends} not finished" if open_ends else "")
 
 
-def _lam_charts(paths: Sequence[Path], groups: Sequence[Group]) -> Iterator[dict[str, str]]:
+def _lam_charts(
+    paths: Sequence[Path], groups: Sequence[Group], verdict: Mapping[str, Any] | None
+) -> Iterator[dict[str, str]]:
     """Strict parse and NDCG@1 against λ, with λ* and what was measured: of the curves of a study,
     of a search, and of anything else that varies λ."""
-    if len(paths) == 1 and (verdict := json_or_none(paths[0] / "verdict.json")):
+    if verdict:
         yield from _study_charts(paths[0], verdict)
         return
     points = points_of(groups)
@@ -195,14 +210,17 @@ def _lam_charts(paths: Sequence[Path], groups: Sequence[Group]) -> Iterator[dict
         )
         yield _chart("how the bracket closed", figures.bracketing(outcome))
         return
-    measured: dict[float, list[float]] = {}  # by c
-    for group in groups:
-        clip = float(group.runs[0].config["clip"])
-        measured.setdefault(clip, []).extend(group.finals("lambda_star"))
+    measured: dict[float, dict[str, list[float]]] = {}  # by c, and by teacher
+    for run in (run for group in groups for run in group.runs):
+        teacher = [v for key, v in run.config.items() if key.startswith(("teacher.", "scoring."))]
+        if value := run.final("lambda_star"):
+            by_teacher = measured.setdefault(float(run.config["clip"]), {})
+            by_teacher.setdefault(repr((teacher, run.inputs.get("teacher"))), []).append(value)
     stars = [
-        {"label": f"λ* at c = {clip:g}:", "value": fmean(v), "low": min(v), "high": max(v)}
-        for clip, v in sorted(measured.items())
-        if v
+        {"label": f"λ* measured, c = {clip:g}:", "value": fmean(v), "low": min(v), "high": max(v)}
+        for clip, by_teacher in sorted(measured.items())
+        for v in by_teacher.values()
+        if len(by_teacher) == 1  # several teachers have several λ*
     ]
     yield _chart("strict parse and NDCG@1 against λ", against_lam(points, stars=stars[:4]))
 
@@ -212,9 +230,10 @@ def _study_charts(directory: Path, verdict: Mapping[str, Any]) -> Iterator[dict[
     rows = [row for row in read_jsonl(directory / "trials.jsonl") if row["lam"] is not None]
     for curve in dict.fromkeys(row["curve"] for row in rows):
         own = [row for row in rows if row["curve"] == curve]
-        points = [
-            Point("", r["lam"], r["parse_rate"], r["ndcg_at_1"], f"seed {r['seed']}") for r in own
-        ]
+        points = []
+        for row in own:
+            ndcg = row["ndcg_at_1"] if row["parse_rate"] >= ENOUGH_PARSED else None
+            points.append(Point("", row["lam"], row["parse_rate"], ndcg, f"seed {row['seed']}"))
         tests = [t for t in verdict["tests"] if t["name"].rsplit(" ", 1)[0] == curve]
         stars = [
             {
@@ -231,11 +250,16 @@ def _study_charts(directory: Path, verdict: Mapping[str, Any]) -> Iterator[dict[
         yield _chart(title, against_lam(points, stars=stars[:4], onset=onset))
 
 
-def _tests(paths: Sequence[Path]) -> list[dict[str, str]]:
+def _curves(directory: Path) -> dict[str, str]:
+    """What the curves of a study set, by name."""
+    curves = load_config(StudyConfig, [str(directory / "config.yaml")]).study.curves
+    return {name: label_of(curve.set) or "as the rest" for name, curve in curves.items()}
+
+
+def _tests(verdict: Mapping[str, Any]) -> list[dict[str, str]]:
     """The rows of a study's predictions."""
-    verdict = json_or_none(paths[0] / "verdict.json") if len(paths) == 1 else None
     rows = []
-    for test in verdict["tests"] if verdict else ():
+    for test in verdict["tests"]:
         low, high = test["measured_low"], test["measured_high"]
         value = "–" if test["predicted"] is None else f"{test['predicted']:.3f}"
         if test["predicted_low"] is not None and test["predicted_high"] is not None:
@@ -253,28 +277,29 @@ def _tests(paths: Sequence[Path]) -> list[dict[str, str]]:
     return rows
 
 
-def _evaluations(run: RunData) -> list[dict[str, Any]]:
+def _evaluations(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Warm start, teacher and student on the held-out prompts, sampled and greedy."""
     rows = []
-    for who in ("warm_start", "teacher", "student") if run.summary else ():
-        evaluation = run.summary[who] if run.summary else {}
-        for how, part in (("sampled", evaluation), ("greedy", evaluation["greedy"])):
+    for who in ("warm_start", "teacher", "student"):
+        for how, part in (("sampled", summary[who]), ("greedy", summary[who]["greedy"])):
             cells = [(part[name], part[f"{name}_interval"]) for name in EVALUATIONS]
             rows.append({"who": who.replace("_", " "), "how": how, "cells": cells})
     return rows
 
 
 def _results(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """A row a group: what differs, how many runs, and the final numbers over the seeds."""
+    """A row a group: what differs, how many runs (and ends), and the numbers over the seeds."""
     rows = []
     for group in groups:
+        count = len(group.runs)
         ended = sum(run.summary is not None for run in group.runs)
-        all_runs = len(group.runs)
         rows.append(
             {
-                "values": [group.values[key] for key in group.values],
-                "label": group.label,
-                "runs": f"{all_runs}" if ended == all_runs else f"{ended} of {all_runs}",
+                "values": list(group.values.values()),
+                "count": count,
+                "runs": f"{count}"
+                if ended == count
+                else f"{count}, {count - ended} without an end",
                 "numbers": {name: spread(group.finals(name)) for name in RESULTS},
             }
         )
@@ -305,16 +330,16 @@ def _samples(groups: Sequence[Group]) -> list[dict[str, Any]]:
     able = [g for g in groups if g.family == family and any(run.samples for run in g.runs)]
     able = [able[int(index)] for index in thinned(len(able), MOST_SIDES)] if able else []
     sides = [(group, next(run for run in group.runs if run.samples)) for group in able]
-    by_id = [{row["id"]: row for row in run.samples} for _, run in sides]
+    by_id = [{(row["id"], row.get("prompt")): row for row in run.samples} for _, run in sides]
     common = [key for key in (by_id[0] if by_id else ()) if all(key in rows for rows in by_id)]
     return [
         {
-            "id": key,
-            "prompt": by_id[0][key].get("prompt"),
+            "id": key[0],
+            "prompt": key[1],
             "answers": [
                 {
                     "label": group.short_label,
-                    "about": f"seed {run.config['seed']}, update {run.num_updates}",
+                    "about": f"seed {run.config['seed']}, update {rows[key]['train/step']}",
                     **_marked(rows[key], run),
                 }
                 for (group, run), rows in zip(sides, by_id, strict=True)
@@ -341,9 +366,9 @@ def _marked(row: Mapping[str, Any], run: RunData) -> dict[str, Any]:
     return {"before": text[:at], "mark": mark, "after": text[at + 1 :], "reason": reason}
 
 
-def _taught(run: RunData) -> list[dict[str, Any]]:
+def _taught(inspection: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Training samples with the advantage of every token, as a share of the largest."""
-    rollouts = run.inspection["rollouts"] if run.inspection else []
+    rollouts = inspection["rollouts"]
     known = [abs(a) for row in rollouts for a in row["advantages"] if a is not None]
     largest = max(known, default=0.0) or 1.0
     return [
@@ -360,7 +385,7 @@ def _taught(run: RunData) -> list[dict[str, Any]]:
     ]
 
 
-def _provenance(run: RunData, out: Path) -> dict[str, Any]:
+def _provenance(run: RunData) -> dict[str, Any]:
     summary = run.summary or {}
     return {
         "name": run.name,
@@ -379,7 +404,8 @@ def _markdown(context: Mapping[str, Any]) -> str:
     lines = [f"# {_text(context['title'])}", "", context["headline"], ""]
     lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in context["results"]:
-        numbers = [n.text(context["digits"][name]) for name, n in row["numbers"].items()]
+        digits, count = context["digits"], row["count"]
+        numbers = [n.text(digits[name], count) for name, n in row["numbers"].items()]
         cells = [*map(as_json, row["values"]), row["runs"], *numbers]
         lines.append("| " + " | ".join(map(_text, cells)) + " |")
     if context["tests"]:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.json
 import yaml
 
+from listopd_ray.cliff.verdict import ENOUGH_PARSED
 from listopd_ray.config import Config, resolved
 from listopd_ray.tracking import flatten, read_json, read_jsonl
 from listopd_ray.types import CONTRACT_CLASSES, ListopdError
@@ -57,6 +58,7 @@ class RunData:
     columns: dict[str, np.ndarray]  # [rows] float64, NaN where a row lacks the metric
     summary: dict[str, Any] | None  # None: not finished
     samples: list[dict[str, Any]]  # of its last evaluation
+    inputs: dict[str, Any]  # SHA-256 of data and models
     inspection: dict[str, Any] | None  # the last row of updates.jsonl
     events: list[dict[str, Any]]
 
@@ -76,8 +78,12 @@ class RunData:
         return float(known[-1]) if len(known) else None
 
     def final(self, name: str) -> float | None:
-        """Of the summary's `final` numbers; None where there is no summary or no such number."""
+        """Of the summary's `final` numbers; None where there is no such number, and for NDCG of
+        parsed outputs where too few parse for it to mean anything. Without a summary all that there
+        is is what parsed of the last training samples."""
         if self.summary is None:
+            return self.last("contract/parse_rate") if name == "parse_rate" else None
+        if name == "ndcg_at_1" and self.summary["student"]["parse_rate"] < ENOUGH_PARSED:
             return None
         if "final" in self.summary:
             return self.summary["final"].get(name)
@@ -104,6 +110,8 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for path in paths:
+        if path.is_file() and path.suffix in (".html", ".md"):
+            continue  # pages that lie beside runs
         if not path.is_dir():
             raise ListopdError(f"{path}: no such directory")
         if (path / "trials").is_dir():
@@ -128,11 +136,13 @@ def read_run(directory: Path) -> RunData:
     """Raises ListopdError, with the file, where one is not what a run writes."""
     summary_file = directory / "summary.json"
     summary = read_json(summary_file, str(summary_file)) if summary_file.exists() else None
-    if summary is not None and not (isinstance(summary, dict) and "student" in summary):
+    student = summary.get("student") if isinstance(summary, dict) else None
+    if summary is not None and not (isinstance(student, dict) and "parse_rate" in student):
         raise ListopdError(f"{summary_file}: not the summary of a run")
-    samples = _rows(directory / "samples.jsonl")
+    samples = _rows(directory / "samples.jsonl", "train/step", "id", "completion", "reason")
     last = max((row["train/step"] for row in samples), default=0)
-    updates = _rows(directory / "updates.jsonl")
+    updates = _rows(directory / "updates.jsonl", "train/step", "rollouts", "histograms")
+    inputs = json_or_none(directory / "inputs.json")
     return RunData(
         directory=directory,
         config=_config(directory / "config.yaml"),
@@ -140,7 +150,8 @@ def read_run(directory: Path) -> RunData:
         summary=summary,
         samples=[row for row in samples if row["train/step"] == last],
         inspection=updates[-1] if updates else None,
-        events=read_jsonl(directory / "events.jsonl"),
+        events=_rows(directory / "events.jsonl", "step", "lam", "action", "reason"),
+        inputs=inputs if isinstance(inputs, dict) else {},
     )
 
 
@@ -171,9 +182,9 @@ def read_columns(file: Path) -> dict[str, np.ndarray]:
     return columns
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
+def _rows(file: Path, *keys: str) -> list[dict[str, Any]]:
     rows = read_jsonl(file)
-    if not all(isinstance(row, dict) and isinstance(row.get("train/step"), int) for row in rows):
+    if not all(isinstance(row, dict) and row.keys() >= set(keys) for row in rows):
         raise ListopdError(f"{file}: not what a run writes")
     return rows
 

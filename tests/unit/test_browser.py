@@ -106,7 +106,29 @@ def test_groups_can_be_hidden_and_curves_held_against_tokens(tmp_path, look):
     button.dblclick()
     assert page.evaluate(f"{lines}.map(t => t.visible)") == [True, False, False]
     assert page.evaluate(f"{lines}[0].x") == [1, 2, 3, 4]
+    button.click(modifiers=["Shift"])
+    assert page.evaluate(f"{lines}.map(t => t.visible)") == [True, True, True]
+    plot = "document.querySelector('#curves .plot')"
+    page.evaluate(f"Plotly.relayout({plot}, {{'xaxis.range': [1, 2]}})")  # as zooming does
     page.locator("button[data-axis=tokens]").click()
+    assert page.evaluate(f"{plot}.layout.xaxis.range[1]") > 300
     assert page.evaluate(f"{lines}[0].x") == [100, 200, 300, 400]
     title = "document.querySelector('#curves .plot').layout.xaxis.title.text"
     assert page.evaluate(title) == "generated tokens"
+
+
+def test_a_family_can_be_hidden_and_follows_its_groups(tmp_path, look):
+    for form in ("plain", "bounded"):
+        for lam in (1.5, 2.0):
+            write_run(tmp_path / "runs", f"{form}{lam}", lam=lam, extrapolation=form)
+    page, wrong = look(write_page(sorted((tmp_path / "runs").iterdir()), tmp_path / "page.html"))
+    families, groups = page.locator("button.family"), page.locator("button.group")
+    assert families.all_inner_texts() == ["plain", "bounded"]
+    families.first.click()
+    pressed = [button.get_attribute("aria-pressed") for button in groups.all()]
+    assert pressed == ["false", "false", "true", "true"]  # the legend goes family by family
+    groups.last.dblclick()
+    families.first.click()
+    assert families.first.get_attribute("aria-pressed") == "true"
+    groups.first.click()
+    assert wrong == []

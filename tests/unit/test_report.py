@@ -103,11 +103,16 @@ def test_runs_from_before_tokens_were_counted_have_them_counted(tmp_path):
         ("config.yaml", "a: [", "not YAML"),
         ("samples.jsonl", "[]\n", "not what a run writes"),
         ("updates.jsonl", "{\n", "not JSON lines"),
+        ("updates.jsonl", '{"train/step": 1}\n', "not what a run writes"),
+        ("samples.jsonl", '{"train/step": 1}\n', "not what a run writes"),
+        ("samples.jsonl", "\udcff\n", "not JSON lines"),
+        ("events.jsonl", "3\n", "not what a run writes"),
+        ("summary.json", '{"student": {}}', "not the summary of a run"),
     ],
 )
 def test_a_damaged_file_is_one_line_that_names_it_and_leaves_no_page(tmp_path, file, content, said):
     write_run(tmp_path)
-    (tmp_path / "run" / file).write_text(content)
+    (tmp_path / "run" / file).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ListopdError, match=rf"{file}: {said}") as raised:
         page_of(tmp_path / "run")
     assert "\n" not in str(raised.value)
@@ -320,7 +325,9 @@ def test_groups_of_a_comparison_carry_the_mean_of_their_seeds(tmp_path):
     table = (tmp_path / "page.md").read_text()
     for group in groups:
         text = spread(group.finals("parse_rate")).text(3)
-        assert re.search(rf"^\| {group.lam:g} \| 3 \| {re.escape(text)} ", table, re.MULTILINE)
+        assert re.search(
+            rf"^\| {group.values['lam']:g} \| 3 \| {re.escape(text)} ", table, re.MULTILINE
+        )
 
 
 def test_the_first_violation_of_each_answer_is_marked(tmp_path):
@@ -357,3 +364,80 @@ def test_a_name_cannot_break_the_markdown_table(tmp_path):
     write_page([tmp_path / "a", tmp_path / "b"], tmp_path / "page.html")
     table = (tmp_path / "page.md").read_text()
     assert "x\\|y" in table and "&lt;b>z" in table
+
+
+def test_a_summary_without_its_parts_is_one_line(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "run" / "summary.json").write_text('{"student": {"parse_rate": 0.5}}')
+    with pytest.raises(ListopdError, match="run: holds what no run writes: KeyError"):
+        page_of(tmp_path / "run")
+
+
+def test_points_lie_at_the_lambda_of_their_run_however_runs_are_grouped(tmp_path):
+    for lam in (1.0, 2.0):
+        write_run(tmp_path, f"r{lam}", lam=lam)
+    by_form = grouped(tmp_path, ["extrapolation"])
+    assert len(by_form) == 1
+    assert [point.lam for point in points_of(by_form)] == [1.0, 2.0]
+    assert {point.family for point in points_of(by_form)} == {"plain"}
+
+
+def test_what_only_is_kept_or_measured_of_runs_does_not_part_them(tmp_path):
+    write_run(tmp_path, "a", checkpoint__every=10, data__path="here")
+    write_run(tmp_path, "b", evaluation__every=7, cliff__measure=True, data__path="there", seed=1)
+    assert [group.values for group in grouped(tmp_path)] == [
+        {"data.path": "here"},
+        {"data.path": "there"},
+    ]
+    for name in ("a", "b"):
+        (tmp_path / name / "inputs.json").write_text('{"data": "the same"}')
+    (group,) = grouped(tmp_path)
+    assert group.values == {}
+
+
+def test_lambda_star_is_drawn_where_there_is_one_alone(tmp_path):
+    for number, temperature in enumerate((1.0, 1.0, 0.5)):
+        lam = 1 + 0.5 * number
+        write_run(tmp_path / "runs", f"r{number}", lam=lam, scoring__temperature=temperature)
+    runs = sorted((tmp_path / "runs").iterdir())
+    title = "strict parse and NDCG@1 against λ"
+
+    def drawn(paths):
+        data = Page(write_page(paths, tmp_path / "page.html")).charts[title]["data"]
+        return [trace["name"] for trace in data if "λ*" in trace.get("name", "")]
+
+    assert drawn(runs[:2])[-1] == "λ* measured, c = 2: 1.300"
+    assert drawn(runs) == []  # two teachers
+
+
+def test_collapsed_runs_count_in_the_table_as_in_the_chart(tmp_path):
+    write_run(tmp_path / "runs", "whole", seed=0)
+    rows = write_run(tmp_path / "runs", "collapsed", seed=1, steps=2, finished=False)
+    (group,) = grouped(tmp_path / "runs")
+    assert group.finals("parse_rate")[1] == rows[-1]["contract/parse_rate"]
+    write_page(sorted((tmp_path / "runs").iterdir()), tmp_path / "page.html")
+    table = (tmp_path / "page.md").read_text()
+    assert "2, 1 without an end" in table and "0.600 (1 of 2)" in table
+
+
+def test_answers_stand_side_by_side_where_the_prompt_is_the_same_and_say_their_update(tmp_path):
+    shown = [sample(prompt="PROMPT A"), sample(id="q2", prompt="PROMPT C")]
+    write_run(tmp_path / "runs", "a", lam=1.0, samples=shown)
+    other = [sample(prompt="PROMPT B"), sample(id="q2", prompt="PROMPT C", completion="OTHER")]
+    write_run(tmp_path / "runs", "b", lam=1.5, steps=50, samples=other)
+    page = write_page(sorted((tmp_path / "runs").iterdir()), tmp_path / "page.html").read_text()
+    assert "PROMPT C" in page and "OTHER"[1:] in page
+    assert "PROMPT A" not in page and "PROMPT B" not in page
+    assert page.count("update 4<") == 2 and "update 50<" not in page
+
+
+def test_pages_beside_runs_are_no_runs_and_other_markdown_is_left_alone(tmp_path):
+    write_run(tmp_path, "a")
+    (tmp_path / "demo.html").write_text("")
+    (tmp_path / "notes.md").write_text("mine")
+    assert [path.name for path in find_runs(sorted(tmp_path.iterdir()))] == ["a"]
+    with pytest.raises(ListopdError, match=r"notes\.md: exists"):
+        write_page([tmp_path / "a"], tmp_path / "notes.html")
+    assert (tmp_path / "notes.md").read_text() == "mine"
+    write_page([tmp_path / "a"], tmp_path / "page.html")
+    write_page([tmp_path / "a"], tmp_path / "page.html")  # its own it may replace

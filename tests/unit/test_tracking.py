@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -153,7 +154,7 @@ def test_a_trial_in_wandb_has_group_name_tables_histograms_and_the_student(tmp_p
     records = wandb_records(run.directory)
     (begun,) = (record["run"] for record in records if record["type"] == "run")
     assert (begun["run_group"], begun["job_type"]) == ("study", "study")
-    assert begun["display_name"] == "lam=1.30 c=2 s4 bounded"
+    assert begun["display_name"] == "lam=1.30 c=2 s4 bounded core"
     assert begun["tags"] == ["core-lam1.3-s4", "bounded"]
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
     assert [row["train/tokens"] for row in history] == [0.0, 100.0, 150.0]
@@ -188,11 +189,66 @@ def test_a_run_that_goes_on_is_the_same_one_in_wandb_and_counts_its_tokens_on(
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        (["lam=1.3"], "lam=1.30 c=2 s0"),
-        (["lam=1.125", "clip=1.3", "seed=7"], "lam=1.125 c=1.3 s7"),
-        (["lam=auto"], "lam=auto c=2 s0"),
-        (["lam=2", "governor.enabled=true"], "lam=2.00 c=2 s0 governed"),
+        (["lam=1.3", "name=lam1.3-seed0"], "lam=1.30 c=2 s0"),
+        (["lam=1.3", "name=lam1.3-lr0.01-seed0"], "lam=1.30 c=2 s0 lr0.01"),
+        (["lam=1.3", "name=core-c2-lam1.3-s0"], "lam=1.30 c=2 s0 core-c2"),
+        (["lam=1.125", "clip=1.3", "seed=7", "name=mine"], "lam=1.125 c=1.3 s7 mine"),
+        (["lam=auto", "name=mine"], "lam=auto c=2 s0 mine"),
+        (["lam=2", "governor.enabled=true", "name=x"], "lam=2.00 c=2 s0 governed x"),
+        (
+            ["lam=5", "extrapolation=bounded", "name=demo-s0-bounded"],
+            "lam=5.00 c=2 s0 bounded demo-bounded",
+        ),
     ],
 )
 def test_names_say_lambda_clip_and_seed(settings, name):
     assert symbolic_name(load_config(Config, settings)) == name
+
+
+def test_wandb_gets_what_a_roll_back_learns_anew_and_no_update_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = load_config(Config, [f"out={tmp_path}", "name=mine"])
+    sample = {"id": "q", "prompt": "", "completion": "", "reason": None}
+    row = {"rollouts": [sample | {"tokens": [], "advantages": []}], "histograms": {}}
+    with Run(config, {}) as run:
+        for step in range(4):
+            run.log(step, {"kl/reverse": float(step)})
+        run.keep_update(4, row)  # and then the learner dies; update 3 is learnt again
+        run._wandb.forget_update()
+        run.log(3, {"kl/reverse": 3.0})
+        run.log(4, {"kl/reverse": 4.0})
+        run._wandb.roll_back(2)
+        run.log(3, {"kl/reverse": 30.0})
+    records = wandb_records(run.directory)
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert [row["train/step"] for row in history] == [0, 1, 2, 3, 4, 3]
+    assert [row["kl/reverse"] for row in history] == [0, 1, 2, 3, 4, 30]
+    assert [row["_step"] for row in history] == [0, 1, 2, 3, 4, 5]
+    assert not any("samples/rollouts.path" in row for row in history)
+
+
+def test_a_sitting_that_goes_on_counts_its_rows_on_in_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = load_config(Config, [f"out={tmp_path}", "name=mine"])
+    with Run(config, {}) as run:
+        run.log(7, {})
+    (item,) = [r["history"]["item"] for r in wandb_records(run.directory) if r["type"] == "history"]
+    assert item["_step"] == item["train/step"] == 7
+
+
+def test_another_run_in_the_same_place_is_another_in_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ids = set()
+    for lr in (1e-3, 1e-2):
+        with Run(load_config(Config, [f"out={tmp_path}", "name=mine", f"lr={lr}"]), {}) as run:
+            ids.add(run._wandb._run.id)
+        shutil.rmtree(run.directory)
+    assert len(ids) == 2
+
+
+def test_what_wandb_refuses_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    config = load_config(Config, [f"out={tmp_path}", "name=mine"])
+    with pytest.raises(ListopdError, match=r"^W&B: .*tracking\.wandb=false") as raised:
+        Run(config, {})
+    assert "\n" not in str(raised.value)
