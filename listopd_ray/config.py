@@ -357,6 +357,12 @@ def dump_config(config: Any) -> str:
     return OmegaConf.to_yaml(resolved(config))
 
 
+def exact(value: Any) -> str:
+    """As short as it can be without being another's."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
+
+
 def run_directory(config: Config) -> Path:
     return Path(config.out) / config.name
 

@@ -23,7 +23,7 @@ from listopd_ray.gauges import Gauges
 from listopd_ray.handles import LearnerHandle, TeacherPool, make_requests
 from listopd_ray.models import end_ids, load_tokenizer, model_hash
 from listopd_ray.prepare import Prepared, prepare, serving_arguments
-from listopd_ray.report.page import REPORT, close_with_report
+from listopd_ray.report import REPORT, close_with_report
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.slots import Lease
 from listopd_ray.splits import data_directory, load_split

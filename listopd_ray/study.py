@@ -40,7 +40,7 @@ from listopd_ray.config import (
     with_values,
 )
 from listopd_ray.job_config import Curve, StudyConfig
-from listopd_ray.report.page import REPORT, close_with_report
+from listopd_ray.report import REPORT, close_with_report
 from listopd_ray.slots import Slots
 from listopd_ray.splits import data_directory
 from listopd_ray.study_report import write_report

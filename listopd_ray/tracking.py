@@ -21,6 +21,7 @@ from listopd_ray.config import Config, dump_config, load_config, resolved, run_d
 from listopd_ray.types import ListopdError
 from listopd_ray.wandb_run import WandbRun
 
+STAGES = ("generate", "score", "learn", "sync")  # of an update: time/<stage>_s
 TIMING = ("time/", "perf/", "fault/")  # the only metrics in which two equal runs may differ
 # Keys that may differ from sitting to sitting: where a run runs, and what is watched of it.
 MAY_DIFFER = re.compile(

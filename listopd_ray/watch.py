@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from listopd_ray.following import JobView, RunView, open_view
 from listopd_ray.job_config import StudyConfig, WatchConfig
+from listopd_ray.tracking import STAGES
 from listopd_ray.types import ListopdError
 
 COLOURS = {
@@ -28,7 +29,6 @@ COLOURS = {
     "finished": "blue",
 }
 BLOCKS = "▁▂▃▄▅▆▇█"
-STAGES = ("generate", "score", "learn", "sync")
 OTHER_LINES = 9  # of a job's view, around the rows of its trials
 
 

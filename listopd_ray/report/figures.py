@@ -18,7 +18,9 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from listopd_ray.report.groups import Group, late_mean, mean_curve, overall_mean
-from listopd_ray.report.runs import BY_CLASS, CLASSES, STAGES, RunData
+from listopd_ray.report.runs import BY_CLASS, CLASSES, RunData
+from listopd_ray.search.judgement import closing, standing
+from listopd_ray.tracking import STAGES
 
 # Okabe and Ito's palette, told apart by colour-blind readers; no black and no yellow, which one of
 # the two backgrounds would swallow.
@@ -75,9 +77,10 @@ def learning_curves(groups: Sequence[Group]) -> Iterator[tuple[str, go.Figure]]:
     """(title, chart) of every metric that some group has and that moves: means over seeds, with
     their range as a band where the groups are few."""
     points = max(40, min(MAX_POINTS, POINTS_OF_CHART // len(groups)))
+    drawn_as = styles(groups)
     for metric, title in CURVES.items():
         figure, extent = go.Figure(), set[float]()
-        for index, (group, (colour, dash)) in enumerate(zip(groups, styles(groups), strict=True)):
+        for index, (group, (colour, dash)) in enumerate(zip(groups, drawn_as, strict=True)):
             steps, mean, low, high = mean_curve(group, metric)
             if not len(steps):
                 continue
@@ -238,21 +241,12 @@ def _mark_lam(
 
 
 def bracketing(outcome: Mapping[str, Any]) -> go.Figure:
-    """A search's trials in the order they ended, and the bracket closing around what was predicted.
-    A λ counts for the bracket from the last of its trials on."""
-    trials, predicted = outcome["trials"], outcome["prediction"]
-    last = {trial["lam"]: number for number, trial in enumerate(trials, start=1)}
-    verdicts = {row["lam"]: row["verdict"] for row in outcome["verdicts"]}
-    star = predicted["lambda_star"]
-    top = max([trial["lam"] for trial in trials] + [star or 1.0]) + outcome["resolution"]
-    numbers, lows, highs = range(len(trials) + 1), [], []
-    for number in numbers:
-        known = {lam: text for lam, text in verdicts.items() if last.get(lam, 0) <= number}
-        lows.append(max((lam for lam, text in known.items() if text == "holds"), default=1.0))
-        broken = [lam for lam, text in known.items() if text == "breaks" and lam > lows[-1]]
-        highs.append(min(broken, default=top))
+    """A search's trials in the order they ended, and the bracket closing around what was
+    predicted."""
+    trials, star = outcome["trials"], outcome["prediction"]["lambda_star"]
+    lows, highs = closing(outcome)
     figure = go.Figure()
-    x = list(numbers)
+    x = list(range(len(lows)))
     edge = {"mode": "lines", "line": {"width": 0, "shape": "hv"}, "hoverinfo": "skip"}
     figure.add_scatter(x=x, y=lows, showlegend=False, **edge)
     figure.add_scatter(
@@ -264,10 +258,7 @@ def bracketing(outcome: Mapping[str, Any]) -> go.Figure:
         "collapsed, stopped early": (PALETTE[3], "triangle-down-open", []),
     }
     for number, trial in enumerate(trials, start=1):
-        passes = trial["parsed"] >= outcome["floor"] * trial["sampled"]
-        label = "above the floor" if passes else "below"
-        label = "collapsed, stopped early" if trial["verdict"] == "collapsed" else label
-        groups[label][2].append((number, trial))
+        groups[standing(trial, outcome["floor"])][2].append((number, trial))
     for label, (colour, symbol, points) in groups.items():
         figure.add_scatter(
             x=[number for number, _ in points],
@@ -288,7 +279,7 @@ def bracketing(outcome: Mapping[str, Any]) -> go.Figure:
         )
     figure.update_layout(
         xaxis_title="trials in the order they ended",
-        yaxis={"title": "λ", "range": [0.97, top]},
+        yaxis={"title": "λ", "range": [0.97, highs[0]]},
         legend=LEGEND_ABOVE,
     )
     return figure

@@ -21,12 +21,8 @@ APART = re.compile(
     r"^(name|out|cache|seed|prediction|demo_seeds|cliff\.measure|evaluation\.(every|num_samples))$"
     r"|^(checkpoint|faults)\."
 )
-ALWAYS_TOLD = (
-    "lam",
-    "clip",
-    "extrapolation",
-    "curve",
-)  # others where they are not what most runs have
+# In labels; other keys where the value is not what most runs have.
+ALWAYS_TOLD = ("lam", "clip", "extrapolation", "curve")
 SYMBOLS = {"lam": "λ", "clip": "c", "delta": "δ", "ratio_clip": "ε"}
 
 

@@ -3,7 +3,6 @@ table beside it."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +16,7 @@ from listopd_ray import __version__
 from listopd_ray.cliff.verdict import ENOUGH_PARSED
 from listopd_ray.config import load_config
 from listopd_ray.job_config import CompareConfig, ReportConfig, StudyConfig
-from listopd_ray.report import figures
+from listopd_ray.report import REPORT, figures
 from listopd_ray.report.figures import Point, against_lam, points_of, styles, thinned
 from listopd_ray.report.groups import (
     SYMBOLS,
@@ -50,7 +49,6 @@ EVALUATIONS = {
     "kendall_tau": "Kendall τ of parsed",
     "ndcg_at_k_all": "NDCG@K, unparsed 0",
 }
-REPORT = "report.html"  # in the directory of what it is about
 MOST_SAMPLES = 6  # prompts shown
 MOST_SIDES = 4  # groups whose completions stand side by side
 
@@ -69,15 +67,6 @@ def report_command(path: str, config: ReportConfig) -> None:
 def print_link(page: Path) -> None:
     """As terminals make it one."""
     print(f"report: {page.absolute().as_uri()}")
-
-
-def close_with_report(paths: Sequence[Path], out: Path) -> None:
-    """The page, and its link, at the end of a command: one that fails does not fail the work that
-    it is about."""
-    try:
-        print_link(write_page(paths, out))
-    except ListopdError as error:
-        print(f"no report: {error}", file=sys.stderr)
 
 
 def write_page(paths: Sequence[Path], out: Path, keys: Sequence[str] = ()) -> Path:

@@ -18,26 +18,22 @@ import pyarrow.json
 import yaml
 
 from listopd_ray.cliff.verdict import ENOUGH_PARSED
-from listopd_ray.config import Config, resolved
-from listopd_ray.tracking import flatten, read_json, read_jsonl
+from listopd_ray.config import Config, exact, resolved
+from listopd_ray.tracking import STAGES, flatten, read_json, read_jsonl
 from listopd_ray.types import CONTRACT_CLASSES, ListopdError
 
 CLASSES = tuple(token_class.name.lower() for token_class in CONTRACT_CLASSES)
 BY_CLASS = ("kl/reverse", "cliff/tail_mass", "loss/clip_fraction")
-STAGES = ("generate", "score", "learn", "sync")
 EVALUATED = ("parse_rate", "ndcg_at_1", "ndcg_at_k", "ndcg_at_k_all", "kendall_tau")
 COLUMNS = (  # of metrics.jsonl, that a report shows
     "train/step",
     "train/tokens",
-    "train/lam",
     "contract/parse_rate",
     "kl/reverse",
-    "kl/mismatch",
     "loss/policy",
     "loss/advantage",
     "loss/grad_norm",
     "loss/clip_fraction",
-    "loss/effective_sample_size",
     "cliff/lambda_star",
     "cliff/drive",
     "rollout/staleness",
@@ -73,8 +69,7 @@ class RunData:
 
     def last(self, metric: str) -> float | None:
         """The newest value that was logged."""
-        values = self.columns[metric]
-        known = values[~np.isnan(values)]
+        known = self._known(metric)
         return float(known[-1]) if len(known) else None
 
     def final(self, name: str) -> float | None:
@@ -98,9 +93,12 @@ class RunData:
         }.get(name)
 
     def first(self, metric: str) -> float | None:
-        values = self.columns[metric]
-        known = values[~np.isnan(values)]
+        known = self._known(metric)
         return float(known[0]) if len(known) else None
+
+    def _known(self, metric: str) -> np.ndarray:
+        values = self.columns[metric]
+        return values[~np.isnan(values)]
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
@@ -214,6 +212,5 @@ def json_or_none(file: Path) -> Any:
 
 def as_json(value: Any) -> str:
     """Values of configurations, short and comparable."""
-    if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    is_plain = isinstance(value, float | str)
+    return exact(value) if is_plain else json.dumps(value, sort_keys=True)

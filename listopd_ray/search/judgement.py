@@ -9,10 +9,10 @@ the noise of counting, bounded by a normal approximation at every look.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 from listopd_ray.cliff.calibration import FLOOR_SHARE
 
@@ -95,3 +95,27 @@ def _variance(outcome: Outcome) -> float:
     """Of the parse rate, with one success and one failure added: never 0."""
     share = (outcome.parsed + 1) / (outcome.sampled + 2)
     return share * (1 - share) / outcome.sampled
+
+
+def closing(outcome: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """(low, high) ends of the bracket of a bracket.json before its first trial and after each, in
+    the order they ended; the high one is above all λ as long as nothing breaks. A λ counts from the
+    last of its trials on."""
+    trials, star = outcome["trials"], outcome["prediction"]["lambda_star"]
+    last = {trial["lam"]: number for number, trial in enumerate(trials, start=1)}
+    verdicts = {row["lam"]: row["verdict"] for row in outcome["verdicts"]}
+    top = max([trial["lam"] for trial in trials] + [star or 1.0]) + outcome["resolution"]
+    lows, highs = list[float](), list[float]()
+    for number in range(len(trials) + 1):
+        known = {lam: text for lam, text in verdicts.items() if last[lam] <= number}
+        lows.append(max((lam for lam, text in known.items() if text == "holds"), default=1.0))
+        broken = [lam for lam, text in known.items() if text == "breaks" and lam > lows[-1]]
+        highs.append(min(broken, default=top))
+    return lows, highs
+
+
+def standing(trial: Mapping[str, Any], floor: float) -> str:
+    """How a trial of a bracket.json ended, in words."""
+    if trial["verdict"] == "collapsed":
+        return "collapsed, stopped early"
+    return "above the floor" if trial["parsed"] >= floor * trial["sampled"] else "below"

@@ -23,7 +23,7 @@ from listopd_ray import __version__
 from listopd_ray.cliff.verdict import CRITERION, judge
 from listopd_ray.job_config import SearchConfig
 from listopd_ray.search.bracket import Bracket
-from listopd_ray.search.judgement import Outcome, rate
+from listopd_ray.search.judgement import Outcome, closing, rate, standing
 from listopd_ray.search.tuning import AGAIN, PARSE_RATE
 from listopd_ray.study_report import BLUE, ORANGE
 
@@ -190,25 +190,20 @@ def _verdict_row(bracket: Bracket, lam: float) -> dict[str, Any]:
 
 
 def draw_bracket(outcome: Mapping[str, Any], file: Path) -> None:
-    """Trials in the order they ended, and the bracket closing around what was predicted.
-
-    A λ counts for the bracket from the last of its trials on.
-    """
+    """Trials in the order they ended, and the bracket closing around what was predicted."""
     trials, predicted = outcome["trials"], outcome["prediction"]
-    last = {trial["lam"]: number for number, trial in enumerate(trials, start=1)}
-    verdicts = {row["lam"]: row["verdict"] for row in outcome["verdicts"]}
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    numbers = range(len(trials) + 1)
-    lows, highs = [], []
+    lows, highs = closing(outcome)
     star, low, high = (predicted[f"lambda_star{end}"] for end in ("", "_low", "_high"))
-    top = max([trial["lam"] for trial in trials] + [star or 1.0]) + outcome["resolution"]
-    for number in numbers:
-        known = {lam: text for lam, text in verdicts.items() if last[lam] <= number}
-        lows.append(max((lam for lam, text in known.items() if text == "holds"), default=1.0))
-        broken = [lam for lam, text in known.items() if text == "breaks" and lam > lows[-1]]
-        highs.append(min(broken, default=top))
     axes.fill_between(
-        numbers, lows, highs, step="post", color="#000000", alpha=0.08, lw=0, label="bracket"
+        range(len(lows)),
+        lows,
+        highs,
+        step="post",
+        color="#000000",
+        alpha=0.08,
+        lw=0,
+        label="bracket",
     )
     if star is not None:
         axes.axhline(star, color=ORANGE, ls="--", lw=1.4, label=f"λ*: {predicted['kind']}")
@@ -220,19 +215,14 @@ def draw_bracket(outcome: Mapping[str, Any], file: Path) -> None:
         "collapsed, stopped early": (RED, "v", []),
     }
     for number, trial in enumerate(trials, start=1):
-        if trial["verdict"] == "collapsed":
-            label = "collapsed, stopped early"
-        else:
-            passes = trial["parsed"] >= outcome["floor"] * trial["sampled"]
-            label = "above the floor" if passes else "below"
-        groups[label][2].append((number, trial["lam"]))
+        groups[standing(trial, outcome["floor"])][2].append((number, trial["lam"]))
     for label, (colour, marker, points) in groups.items():
         if points:
             axes.scatter(*zip(*points, strict=True), c=colour, marker=marker, s=26, label=label)
     axes.set(
         xlabel="trials in the order they ended",
         ylabel="λ",
-        ylim=(0.97, top),
+        ylim=(0.97, highs[0]),
         title=f"c = {outcome['clip']:g}, {outcome['num_steps']} updates, one point a trial",
     )
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))

@@ -23,7 +23,7 @@ from listopd_ray.cluster import ray_session
 from listopd_ray.config import Config, dump_config, run_directory, with_values
 from listopd_ray.job_config import SearchConfig
 from listopd_ray.models import model_hash
-from listopd_ray.report.page import REPORT, close_with_report
+from listopd_ray.report import REPORT, close_with_report
 from listopd_ray.search.bracket import Bracket, bracket_of
 from listopd_ray.search.judgement import Outcome
 from listopd_ray.search.report import Display, draw_bracket, outcome_json

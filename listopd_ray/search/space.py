@@ -21,11 +21,11 @@ from ray.tune.search.optuna import OptunaSearch
 from rich.table import Table
 from tqdm import tqdm
 
-from listopd_ray.config import Config, run_directory, with_values
+from listopd_ray.config import Config, exact, run_directory, with_values
 from listopd_ray.following import num_trials
 from listopd_ray.job_config import SearchConfig
-from listopd_ray.report.page import REPORT, close_with_report
-from listopd_ray.search.tuning import PARSE_RATE, CollapseStopper, exact, mark_stopped, run_tune
+from listopd_ray.report import REPORT, close_with_report
+from listopd_ray.search.tuning import PARSE_RATE, CollapseStopper, mark_stopped, run_tune
 from listopd_ray.slots import Slots
 from listopd_ray.tracking import progress_bar, read_jsonl, replace_file
 from listopd_ray.types import ListopdError

@@ -20,7 +20,7 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from listopd_ray.config import Config, run_directory, with_values
+from listopd_ray.config import Config, exact, run_directory, with_values
 from listopd_ray.job_config import SearchSection
 from listopd_ray.search.bracket import Bracket, Job
 from listopd_ray.search.judgement import Outcome
@@ -268,9 +268,3 @@ def run_tune(
         tuner.fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def exact(value: Any) -> str:
-    """As short as it can be without being another's."""
-    short = f"{value:g}" if isinstance(value, float) else str(value)
-    return short if not isinstance(value, float) or float(short) == value else repr(value)

@@ -5,7 +5,8 @@ import json
 import numpy as np
 
 from listopd_ray.config import Config, dump_config, with_values
-from listopd_ray.report.page import REPORT, write_page
+from listopd_ray.report import REPORT
+from listopd_ray.report.page import write_page
 from listopd_ray.tracking import evaluation_metrics
 
 REASONS = ("truncated", "not_json", "extra_text", "wrong_schema", "not_a_permutation")
