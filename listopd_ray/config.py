@@ -149,6 +149,16 @@ class LearnerConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Train an adapter in the place of the weights."""
+
+    rank: int = 0  # of the adapter; 0: all weights are trained
+    alpha: float = 32.0  # the adapter's product is scaled by alpha/rank
+    target_modules: str = "all-linear"  # regular expression, or PEFT's all-linear
+    peft: dict[str, Any] = field(default_factory=dict)  # passed on to peft.LoraConfig
+
+
+@dataclass(frozen=True)
 class SyncConfig:
     tolerance: float = 1e-4  # nats; the largest |rollout − learner| log-probability allowed
 
@@ -247,6 +257,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     scoring: TeacherActorConfig = field(default_factory=TeacherActorConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -274,6 +285,7 @@ NOT_NEGATIVE = (
     "evaluation.num_samples",
     "checkpoint.every",
     "scoring.support_size",
+    "lora.rank",
     *(
         f"{role}.{key}"
         for role in ("rollout", "scoring", "learner")
