@@ -14,7 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from listopd_ray.config import Config
+from listopd_ray.config import Config, sync_directory
 from listopd_ray.handles import LearnerHandle, StartFailed, TeacherPool, Workers
 from listopd_ray.model_files import model_files
 from listopd_ray.placement import bundles_of, reserve, teacher_bundles
@@ -102,6 +102,7 @@ class Cluster:
                 max_prompt_tokens=max_prompt_tokens,
                 max_new_tokens=max_new_tokens,
                 tolerance=config.sync.tolerance,
+                adapter_rank=config.lora.rank if config.sync.method == "adapter" else 0,
             )
 
         def start_teacher(index: int) -> Any:
@@ -123,7 +124,10 @@ class Cluster:
         def start() -> Any:
             self.stop_learner()
             self._learner = _spawn(Learner, self._group, 0, _TORCH_ENV).remote(
-                config, student_path=model_files(student_path), canary_ids=canary_ids
+                config,
+                student_path=model_files(student_path),
+                canary_ids=canary_ids,
+                sync_directory=sync_directory(config),
             )
             _wait([self._learner.__ray_ready__.remote()], "learner")
             return self._learner

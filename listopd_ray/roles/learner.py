@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -24,8 +25,8 @@ from listopd_ray.roles.batching import (
     micro_batches,
 )
 from listopd_ray.roles.losses import opd_advantages, opd_loss
+from listopd_ray.roles.publisher import Publisher
 from listopd_ray.roles.teacher import Scored
-from listopd_ray.roles.weights import export_tensors
 from listopd_ray.types import (
     CONTRACT_CLASSES,
     Histogram,
@@ -54,7 +55,15 @@ LOG_RATIO_EDGES = np.linspace(-math.log(4), math.log(4), 42)  # the bin in the m
 class Learner:
     """Owns the trained student and its AdamW state. `policy_version` counts its updates."""
 
-    def __init__(self, config: Config, *, student_path: StrPath, canary_ids: np.ndarray) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        student_path: StrPath,
+        canary_ids: np.ndarray,
+        sync_directory: Path | None = None,
+    ) -> None:
+        """`sync_directory`: its own, for the files of its weights; None: tensors alone."""
         self._config = config
         self._device = config.device
         self._dtype = config.learner.dtype
@@ -69,6 +78,7 @@ class Learner:
             weight_decay=config.learner.weight_decay,
             fused=True,
         )
+        self._publisher = Publisher(self._model, config.sync.method, sync_directory, self._dtype)
         self.policy_version = 0
         self._last: dict[str, Any] = {}  # of the last update, for `inspect`
 
@@ -172,15 +182,16 @@ class Learner:
 
     @torch.inference_mode()
     def publish_weights(self) -> Weights:
+        start = time.perf_counter()
         batch = collate([self._canary_ids[:1]], [self._canary_ids[1:]], self._device)
         canary = gather(completion_logprobs(self._model, batch), batch.token_ids)
-        return Weights(
-            policy_version=self.policy_version,
-            tensors=export_tensors(self._model, getattr(torch, self._dtype)),
-            dtype=self._dtype,
-            canary_ids=self._canary_ids,
-            canary_logprobs=canary.cpu().numpy(),
+        return self._publisher.publish(
+            self.policy_version, self._canary_ids, canary.cpu().numpy(), since=start
         )
+
+    def close(self) -> None:
+        """Remove the files of its weights."""
+        self._publisher.close()
 
     def save(self, url: str) -> Files:
         """Weights, optimizer state and version; the digests of the files. There is no other state:

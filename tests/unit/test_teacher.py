@@ -13,7 +13,7 @@ from listopd_ray.models import load_model
 from listopd_ray.roles.hf_engine import HfEngine
 from listopd_ray.roles.rollout import Generated, Request
 from listopd_ray.roles.teacher import Teacher
-from listopd_ray.roles.weights import export_tensors, torch_tensors
+from listopd_ray.roles.weights import export_tensors, to_arrays, torch_tensors
 from listopd_ray.types import TokenClass, Weights
 
 # Float32 through two layers, in a batch or alone.
@@ -157,7 +157,7 @@ def make_engine(student_path):
 def make_weights(model, dtype="float32"):
     return Weights(
         policy_version=1,
-        tensors=export_tensors(model, getattr(torch, dtype)),
+        tensors=to_arrays(export_tensors(model, getattr(torch, dtype))),
         dtype=dtype,
         canary_ids=np.zeros(2, dtype=np.int32),
         canary_logprobs=np.zeros(1, dtype=np.float32),
