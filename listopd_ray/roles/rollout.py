@@ -19,7 +19,12 @@ from typing import Any
 import numpy as np
 
 from listopd_ray.config import RolloutConfig
-from listopd_ray.roles.vllm_weights import leave_unpacked, load_in_place, lora_options
+from listopd_ray.roles.vllm_weights import (
+    PARALLEL,
+    leave_unpacked,
+    load_in_place,
+    lora_options,
+)
 from listopd_ray.types import ListopdError, Loaded, Prompt, Rollout, StrPath, Weights
 
 
@@ -157,7 +162,10 @@ class VllmEngine:
 
         self._adapter_rank = adapter_rank
         self._adapter: Any = None  # vLLM's LoRARequest of the version that it serves
-        self._in_place = dtype == "float32" and leave_unpacked(os.fspath(model_path))
+        in_one_process = not PARALLEL & set(config.engine)
+        self._in_place = (
+            in_one_process and dtype == "float32" and leave_unpacked(os.fspath(model_path))
+        )
         self._end_ids = end_ids
         self._max_new_tokens = max_new_tokens
         self._grammar = config.grammar
@@ -174,6 +182,7 @@ class VllmEngine:
             seed=0,
             trust_remote_code=False,
             load_format="safetensors",
+            use_tqdm_on_load=False,
         )
         if config.grammar:
             options["structured_outputs_config"] = {"backend": "xgrammar"}

@@ -216,7 +216,10 @@ def test_a_worker_serves_the_learners_policy_whatever_the_method(
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda path: path.joinpath("model.safetensors").unlink(), r"model\.safetensors: not there"),
+        (
+            lambda path: path.joinpath("model.safetensors").unlink(),
+            r"model\.safetensors: not there",
+        ),
         (
             lambda path: path.joinpath("model.safetensors").write_bytes(b"half"),
             r"4 bytes of \d+ on this machine",
