@@ -272,6 +272,7 @@ class Config:
     trace: bool = False  # write trace.json, where the time goes: for ui.perfetto.dev
 
 
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size")  # of `rollout.engine`: processes
 PLAIN_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 NOT_NEGATIVE = (
     "autoscaling_wait_s",
@@ -476,6 +477,9 @@ def _validate(config: Config) -> None:
     require(0 < timeout < 1e9, "faults.timeout_s", "must be > 0 and finite")
     adapter_without_one = config.sync.method == "adapter" and config.lora.rank == 0
     require(not adapter_without_one, "sync.method", "adapter needs lora.rank ≥ 1")
+    alone = all(config.rollout.engine.get(key, 1) == 1 for key in PARALLEL)
+    rule = "object_store does not reach an engine's other processes: directory does"
+    require(alone or config.sync.method != "object_store", "sync.method", rule)
     tolerance = config.sync.tolerance
     require(math.isfinite(tolerance) and tolerance > 0, "sync.tolerance", "must be finite and > 0")
     require(config.learner.max_grad_norm > 0, "learner.max_grad_norm", "must be > 0")

@@ -18,13 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from listopd_ray.config import RolloutConfig
-from listopd_ray.roles.vllm_weights import (
-    PARALLEL,
-    leave_unpacked,
-    load_in_place,
-    lora_options,
-)
+from listopd_ray.config import PARALLEL, RolloutConfig
+from listopd_ray.roles.vllm_weights import leave_unpacked, load_in_place, lora_options
 from listopd_ray.types import ListopdError, Loaded, Prompt, Rollout, StrPath, Weights
 
 
@@ -162,7 +157,7 @@ class VllmEngine:
 
         self._adapter_rank = adapter_rank
         self._adapter: Any = None  # vLLM's LoRARequest of the version that it serves
-        in_one_process = not PARALLEL & set(config.engine)
+        in_one_process = not set(PARALLEL) & set(config.engine)
         self._in_place = (
             in_one_process and dtype == "float32" and leave_unpacked(os.fspath(model_path))
         )

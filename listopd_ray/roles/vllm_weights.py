@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 UNPACKED_WIDTH = 256  # hidden size up to which vLLM's CPU backend keeps matrices unpacked
-PARALLEL = {"tensor_parallel_size", "pipeline_parallel_size"}  # of `rollout.engine`: processes
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be started for
 
 

@@ -288,6 +288,14 @@ def test_adapter_sync_needs_an_adapter():
     load_config(Config, ["sync.method=adapter", "lora.rank=8"])
 
 
+def test_an_engine_of_several_processes_needs_files():
+    engine = "rollout.engine={tensor_parallel_size: 2}"
+    with pytest.raises(ListopdError, match=r"sync\.method: .*: directory does"):
+        load_config(Config, [engine])
+    load_config(Config, [engine, "sync.method=directory"])
+    load_config(Config, ["rollout.engine={tensor_parallel_size: 1}"])
+
+
 def test_every_run_has_a_sync_directory_of_its_own():
     def directory(*arguments):
         return sync_directory(load_config(Config, list(arguments)))
