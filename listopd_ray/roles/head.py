@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from listopd_ray.roles.batching import Batch
 
+MIB = 1 << 20
+
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """[N, H]: what the head makes the completion tokens' logits of."""
@@ -30,7 +32,7 @@ def token_logprobs(
 
     Differentiable in `hidden` [N, H] and `weight` [V, H].
     """
-    rows = max(1, (logits_mib << 20) // (4 * weight.shape[0]))
+    rows = max(1, logits_mib * MIB // (4 * weight.shape[0]))
     with torch.autocast(hidden.device.type, enabled=False):
         return _TokenLogprobs.apply(hidden, weight, token_ids, rows)
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
@@ -199,9 +199,11 @@ def _shard(forward: _Forward, device: str, count: int, config: LearnerConfig) ->
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in getattr(forward.model.base_model, "layers", []):
         fully_shard(layer, mesh=mesh, mp_policy=half if config.autocast else full)
-        layer.set_gradient_divide_factor(1.0)
     fully_shard(forward, mesh=mesh)
-    forward.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+    for module in forward.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
 
 
 def _merged(weight: torch.Tensor, layer: LoraLayer) -> torch.Tensor:
