@@ -60,6 +60,10 @@ class Workers:
         parts = enumerate(pairwise(bounds))
         return [start(index, low, high) for index, (low, high) in parts if high > low]
 
+    def ready(self, works: list[Work], *, block: bool) -> list[int]:
+        """As `Team.ready`."""
+        return self._team.ready(works, block=block)
+
     def fetch(self, works: list[Work]) -> list[Generated]:
         """Wait for what `generate` started. What a worker that died had not finished is made again,
         with the same seeds, by one that has the current weights."""
