@@ -5,44 +5,31 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
-from listopd_ray.roles.weights import CHECKPOINT_FILE, export_tensors, to_arrays
+from listopd_ray.roles.student import Student
+from listopd_ray.roles.weights import CHECKPOINT_FILE
 from listopd_ray.types import ListopdError, SyncMethod, Weights
-
-if TYPE_CHECKING:  # as in weights.py
-    from peft import PeftModel
 
 
 class Publisher:
-    """Publishes one model. Files of a version are in a directory that is never written again, since
-    readers map them into memory; it goes once all workers have loaded the next version."""
+    """Publishes the student. Files of a version are in a directory that is never written again,
+    since readers map them into memory; it goes once all workers have loaded the next version."""
 
     def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        method: SyncMethod,
-        directory: Path | None,
-        dtype: str,
+        self, student: Student, method: SyncMethod, directory: Path | None, *, is_first: bool = True
     ) -> None:
-        """`directory` is this publisher's alone: what a process before has left there is removed.
-        None will do for `object_store`.
-
-        Raises ListopdError for an adapter that cannot be merged into its model."""
-        self._model, self._method, self._directory = model, method, directory
-        self._dtype = dtype
+        """`directory` is this learner's alone: what a process before has left there is removed.
+        None will do for `object_store`. `is_first`: of the learner's ranks, which all publish and
+        one of which writes."""
+        self._student, self._method, self._is_first = student, method, is_first
+        self._directory = directory if is_first else None
         self._count = 0
         self._kept: Path | None = None  # the newest version's, which workers may still be reading
         self.close()
-        if not isinstance(model, PreTrainedModel):
-            from listopd_ray.roles.adapters import check_names
-
-            check_names(model)
 
     @torch.no_grad()
     def publish(
@@ -52,25 +39,26 @@ class Publisher:
         canary_logprobs: np.ndarray,
         *,
         since: float,
-    ) -> Weights:
-        """The model as it is now. Every worker must have loaded what was published before.
+    ) -> Weights | None:
+        """The student as it is now, in the first rank. Every worker must have loaded what was
+        published before.
 
         `since`: when publishing began, by `time.perf_counter`."""
-        tensors: dict[str, np.ndarray] = {}
+        tensors = self._student.adapter() if self._method == "adapter" else self._copies()
+        if not self._is_first:
+            return None
         path, files = None, dict[str, int]()
-        if self._method == "object_store":
-            tensors = to_arrays(export_tensors(self._model, getattr(torch, self._dtype)))
-        else:
-            path = self._write(policy_version)
+        if self._method != "object_store":
+            path = self._write(policy_version, tensors)
             files = {file.name: file.stat().st_size for file in path.iterdir()}
         sizes = files.values() if path else (tensor.nbytes for tensor in tensors.values())
         return Weights(
             policy_version=policy_version,
             method=self._method,
-            tensors=tensors,
+            tensors={} if path else {name: _to_numpy(each) for name, each in tensors.items()},
             path=str(path) if path else None,
             files=files,
-            dtype=self._dtype,  # type: ignore[arg-type]
+            dtype=self._student.dtype_name,
             canary_ids=canary_ids,
             canary_logprobs=canary_logprobs,
             num_bytes=sum(sizes),
@@ -82,7 +70,15 @@ class Publisher:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _write(self, policy_version: int) -> Path:
+    def _copies(self) -> dict[str, torch.Tensor]:
+        """Of all weights, on the CPU, in the first rank."""
+        copies = {}
+        for name, tensor in self._student.tensors():  # in every rank
+            if self._is_first:
+                copies[name] = tensor.to("cpu", copy=True)
+        return copies
+
+    def _write(self, policy_version: int, tensors: dict[str, torch.Tensor]) -> Path:
         """Whole or not at all, and in another place each time: after a roll-back a version comes
         again, with other weights."""
         assert self._directory is not None
@@ -92,11 +88,8 @@ class Publisher:
         try:
             partial.mkdir(parents=True)
             if self._method == "adapter":
-                from listopd_ray.roles.adapters import write_adapter
-
-                write_adapter(self._model, partial)
+                self._student.write_adapter(partial, tensors)
             else:
-                tensors = export_tensors(self._model, getattr(torch, self._dtype))
                 save_file(tensors, partial / CHECKPOINT_FILE)
             partial.rename(target)
             for old in self._directory.iterdir():
@@ -106,3 +99,7 @@ class Publisher:
             raise ListopdError(f"sync.path: {target}: {error.strerror or error}") from error
         self._kept = target
         return target
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

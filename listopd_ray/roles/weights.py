@@ -1,4 +1,4 @@
-"""Weights on their way from the learner to the rollout workers: names and tensors."""
+"""Weights that have arrived at a rollout worker."""
 
 from __future__ import annotations
 
@@ -7,48 +7,14 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
 
 from listopd_ray.types import ListopdError, Weights
 
-if TYPE_CHECKING:  # not at run time: it takes half a second, and LoRA alone needs it
-    from peft import PeftModel
-
 CHECKPOINT_FILE = "model.safetensors"
 FILES_TIMEOUT_S = 5.0  # until what one machine has written shows on the others
-
-
-def export_tensors(
-    model: PreTrainedModel | PeftModel, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """A copy of every parameter under its checkpoint name, on the CPU; adapters are merged.
-
-    A tied output head is sent under its own name too: vLLM's CPU backend keeps a packed copy of
-    the head which an update of the embedding alone leaves stale, without an error.
-    """
-    if isinstance(model, PreTrainedModel):
-        named, base = model.named_parameters(), model
-    else:
-        from listopd_ray.roles.adapters import merged_tensors
-
-        named, base = merged_tensors(model), model.get_base_model()
-    tensors = {name: tensor.detach().to("cpu", dtype, copy=True) for name, tensor in named}
-    if base.config.tie_word_embeddings:
-        head = base.get_output_embeddings().weight
-        tensors["lm_head.weight"] = head.detach().to("cpu", dtype, copy=True)
-    return tensors
-
-
-def to_arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    return {
-        name: (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        for name, tensor in tensors.items()
-    }
 
 
 def torch_tensors(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import ray
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from listopd_ray.cluster import _TORCH_ENV, _VLLM_CPU_ENV
-from listopd_ray.config import RolloutConfig
-from listopd_ray.models import load_model
+from listopd_ray.config import Config, LoraConfig, RolloutConfig
 from listopd_ray.roles import vllm_weights
-from listopd_ray.roles.batching import collate, completion_logprobs, gather
+from listopd_ray.roles.batching import collate
 from listopd_ray.roles.publisher import Publisher
+from listopd_ray.roles.ranks import Ranks
 from listopd_ray.roles.rollout import Request, RolloutWorker
+from listopd_ray.roles.student import Student
 from listopd_ray.types import Prompt
 
 SHAPES = {  # millions → layers, width, MLP, vocabulary, head
@@ -48,26 +48,22 @@ class Source:
     """The learner's part."""
 
     def __init__(self, path, directory):
-        self._model = load_model(path).eval()
-        self._adapted = load_model(path).eval()
-        options = LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear")
-        peft = get_peft_model(self._adapted, options).eval()
+        adapted = Config(lora=LoraConfig(rank=RANK))
+        whole = Student(path, Config(), Ranks())
+        students = {"object_store": whole, "directory": whole}
+        students["adapter"] = Student(path, adapted, Ranks())
         self._publishers = {
-            method: Publisher(model, method, Path(directory, method), "float32")
-            for method, model in (
-                ("object_store", self._model),
-                ("directory", self._model),
-                ("adapter", peft),
-            )
+            method: (student, Publisher(student, method, Path(directory, method)))
+            for method, student in students.items()
         }
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def publish(self, method):
         since = time.perf_counter()
-        model = self._adapted if method == "adapter" else self._model
+        student, publisher = self._publishers[method]
         batch = collate([CANARY[:1]], [CANARY[1:]])
-        canary = gather(completion_logprobs(model, batch), batch.token_ids).numpy()
-        return self._publishers[method].publish(0, CANARY, canary, since=since)
+        canary = student.logprobs(batch, batch.token_ids[:, None])[:, 0].numpy()
+        return publisher.publish(0, CANARY, canary, since=since)
 
 
 class Worker(RolloutWorker):

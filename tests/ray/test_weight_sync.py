@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import ray
 import torch
-from peft import LoraConfig, get_peft_model
 
 from listopd_ray.cluster import Cluster, launch
-from listopd_ray.config import Config, sync_directory
+from listopd_ray.config import Config, LearnerConfig, LoraConfig, sync_directory
 from listopd_ray.handles import Workers
-from listopd_ray.models import load_model
 from listopd_ray.prepare import Prepared
-from listopd_ray.roles.batching import collate, completion_logprobs, gather
+from listopd_ray.roles.batching import collate
 from listopd_ray.roles.publisher import Publisher
+from listopd_ray.roles.ranks import Ranks
+from listopd_ray.roles.student import Student
 from listopd_ray.supervision import ActorLost
 from listopd_ray.team import Team
 from listopd_ray.types import Prompt, Rollout, SyncMethod, Weights
@@ -119,36 +119,35 @@ def test_the_canary_fails_on_a_broken_sync_and_the_engine_refuses_to_serve(
     assert workers.load_weights(after)["sync/canary_max"] < 1e-4
 
 
-class Student:
+class Source:
     """What a learner publishes. `update` moves the adapter, or without one (`rank` 0) the tied
     embedding, far enough to be seen."""
 
-    def __init__(self, prepared: Prepared, rank: int = 0, dtype: str = "float32") -> None:
-        self._canary_ids, self._dtype = prepared.canary_ids, dtype
-        self._inner = load_model(prepared.student_path, dtype=dtype).eval()
-        self.model: Any = self._inner
-        if rank:
-            options = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-            self.model = get_peft_model(self._inner, options).eval()
+    def __init__(self, prepared: Prepared, rank: int = 0, dtype: Any = "float32") -> None:
+        config = Config(learner=LearnerConfig(dtype=dtype), lora=LoraConfig(rank=rank))
+        self._student = Student(prepared.student_path, config, Ranks())
+        self._canary_ids = prepared.canary_ids
 
     def publisher(self, method: SyncMethod, directory: Path | None = None) -> Publisher:
-        return Publisher(self.model, method, directory, self._dtype)
+        return Publisher(self._student, method, directory)
 
+    @torch.no_grad()
     def publish(self, publisher: Publisher, version: int) -> Weights:
-        batch = collate([self._canary_ids[:1]], [self._canary_ids[1:]])
-        with torch.inference_mode():
-            logprobs = gather(completion_logprobs(self._inner, batch), batch.token_ids).numpy()
         since = time.perf_counter()
-        return publisher.publish(version, self._canary_ids, logprobs, since=since)
+        batch = collate([self._canary_ids[:1]], [self._canary_ids[1:]])
+        logprobs = self._student.logprobs(batch, batch.token_ids[:, None])[:, 0].numpy()
+        weights = publisher.publish(version, self._canary_ids, logprobs, since=since)
+        assert weights is not None
+        return weights
 
+    @torch.no_grad()
     def update(self) -> None:
         torch.manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if "lora_B" in name:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-            if self.model is self._inner:
-                self._inner.get_input_embeddings().weight.mul_(1.5)
+        for name, parameter in self._student.model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        if not self._student.has_adapter:
+            self._student.model.get_input_embeddings().weight.mul_(1.5)
 
 
 @pytest.fixture(params=["vllm", "hf"])
@@ -217,11 +216,11 @@ def test_files_give_the_policy_that_the_object_store_gives(
 def test_an_adapter_gives_the_policy_that_merged_weights_give(
     prepared: Prepared, engines: Engines, tmp_path: Path
 ) -> None:
-    student = Student(prepared, RANK)
-    alone, merged = student.publisher("adapter", tmp_path), student.publisher("object_store")
+    source = Source(prepared, RANK)
+    alone, merged = source.publisher("adapter", tmp_path), source.publisher("object_store")
     before: list[int] = []
     for version in range(3):
-        small, large = student.publish(alone, version), student.publish(merged, version)
+        small, large = source.publish(alone, version), source.publish(merged, version)
         assert small.num_bytes < large.num_bytes / 2
         for workers, weights in (
             (engines.adapters.workers, small),
@@ -235,18 +234,18 @@ def test_an_adapter_gives_the_policy_that_merged_weights_give(
         tokens = [token for rollout in found for token in rollout.token_ids.tolist()]
         assert tokens != before, "the update must be seen"
         before = tokens
-        student.update()
+        source.update()
 
 
 def test_a_worker_in_anothers_place_gets_the_current_adapter(
     prepared: Prepared, engines: Engines, tmp_path: Path
 ) -> None:
     workers = engines.adapters.workers
-    student = Student(prepared, RANK)
-    publisher = student.publisher("adapter", tmp_path)
+    source = Source(prepared, RANK)
+    publisher = source.publisher("adapter", tmp_path)
     for version in range(2):
-        workers.load_weights(student.publish(publisher, version))
-        student.update()
+        workers.load_weights(source.publish(publisher, version))
+        source.update()
     expected = sampled(workers, prepared)
     ray.kill(workers._team.actors[0])
     check_same_policy(sampled(workers, prepared), expected)
@@ -255,15 +254,15 @@ def test_a_worker_in_anothers_place_gets_the_current_adapter(
 def test_a_worker_in_anothers_place_reads_the_current_files(
     prepared: Prepared, hf_cluster: Cluster, tmp_path: Path
 ) -> None:
-    student = Student(prepared)
-    publisher, workers = student.publisher("directory", tmp_path), hf_cluster.workers
+    source = Source(prepared)
+    publisher, workers = source.publisher("directory", tmp_path), hf_cluster.workers
     for version in range(2):
-        workers.load_weights(student.publish(publisher, version))
-        student.update()
+        workers.load_weights(source.publish(publisher, version))
+        source.update()
     expected = sampled(workers, prepared)
     ray.kill(workers._team.actors[0])
     check_same_policy(sampled(workers, prepared), expected)
-    weights = student.publish(publisher, 2)
+    weights = source.publish(publisher, 2)
     ray.kill(workers._team.actors[0])  # this time before it loads
     assert workers.load_weights(weights)["sync/canary_max"] < 1e-4
 
@@ -272,13 +271,13 @@ def test_an_adapter_of_another_rank_and_a_version_that_is_gone_are_one_line(
     prepared: Prepared, engines: Engines, tmp_path: Path
 ) -> None:
     workers = unsupervised(engines.adapters.workers)
-    student = Student(prepared, 2 * RANK)
-    weights = student.publish(student.publisher("adapter", tmp_path), 0)
+    source = Source(prepared, 2 * RANK)
+    weights = source.publish(source.publisher("adapter", tmp_path), 0)
     with pytest.raises(ActorLost, match=r"rollout 0: failed: .*v0: an adapter of rank 8, the "):
         workers.load_weights(weights)
-    student = Student(prepared, RANK)
-    publisher = student.publisher("adapter", tmp_path)
-    weights = student.publish(publisher, 1)
+    source = Source(prepared, RANK)
+    publisher = source.publisher("adapter", tmp_path)
+    weights = source.publish(publisher, 1)
     publisher.close()
     with pytest.raises(ActorLost, match=r"v1/adapter_\w+\.\w+: not there on this machine"):
         workers.load_weights(weights)
@@ -287,13 +286,13 @@ def test_an_adapter_of_another_rank_and_a_version_that_is_gone_are_one_line(
 def test_packed_matrices_are_packed_anew_and_a_stale_tied_head_shows(
     prepared: Prepared, packed: Cluster, tmp_path: Path
 ) -> None:
-    workers, student = unsupervised(packed.workers), Student(prepared, dtype="bfloat16")
+    workers, source = unsupervised(packed.workers), Source(prepared, dtype="bfloat16")
     for method in ("directory", "object_store"):
-        publisher = student.publisher(method, tmp_path)
+        publisher = source.publisher(method, tmp_path)
         for version in range(2):
-            weights = student.publish(publisher, version)
+            weights = source.publish(publisher, version)
             workers.load_weights(weights)
-            student.update()
-    stale = student.publish(publisher, 2)
+            source.update()
+    stale = source.publish(publisher, 2)
     with pytest.raises(ActorLost, match="weight sync to version 2: canary"):
         workers.load_weights(dataclasses.replace(stale, tensors=drop_tied_head(stale)))
