@@ -8,9 +8,10 @@ and all completion tokens before it.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -163,3 +164,40 @@ class Evaluation:
     num_prompts: int
     num_without_relevance: int  # left out of NDCG and τ: every item has relevance 0
     reasons: dict[str, int] = field(default_factory=dict)  # unparsed outputs by reason
+
+
+Packed = tuple[type, dict[str, Any]] | None
+
+
+def packed(values: Sequence[Any]) -> Packed:
+    """Instances of one dataclass column by column, their arrays end to end, for pickling: hundreds
+    of short arrays take milliseconds on every hop from process to process, a few long ones none."""
+    if not values:
+        return None
+    columns: dict[str, Any] = {}
+    for name in (each.name for each in fields(values[0])):
+        column = [getattr(value, name) for value in values]
+        if all(isinstance(value, np.ndarray) for value in column):
+            ends = np.cumsum([len(value) for value in column])
+            columns[name] = np.concatenate(column), ends[:-1]
+        elif is_dataclass(column[0]):
+            columns[name] = packed(column)
+        else:
+            columns[name] = column
+    return type(values[0]), columns
+
+
+def unpacked(content: Packed) -> tuple[Any, ...]:
+    """The instances again; their arrays are views of the long ones."""
+    if content is None:
+        return ()
+    made, columns = content
+    lists = []
+    for column in columns.values():
+        if isinstance(column, list):
+            lists.append(column)
+        elif isinstance(column[0], np.ndarray):
+            lists.append(np.split(*column))
+        else:
+            lists.append(unpacked(column))
+    return tuple(made(**dict(zip(columns, row, strict=True))) for row in zip(*lists, strict=True))
