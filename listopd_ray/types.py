@@ -98,6 +98,7 @@ class ScoredRollout:
     base_unused_mass: np.ndarray | None  # [T] float32
     support_ids: np.ndarray | None = None  # [T, S] int32, the teacher's S most likely tokens
     support_logprobs: np.ndarray | None = None  # [T, S] float32, teacher
+    base_support_logprobs: np.ndarray | None = None  # [T, S] float32, base on the same tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
