@@ -15,7 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from listopd_ray.config import Config
+from listopd_ray.config import Config, max_num_seqs
 from listopd_ray.handles import LearnerHandle, StartFailed, TeacherPool, Workers
 from listopd_ray.model_files import model_files
 from listopd_ray.placement import bundles_of, reserve, teacher_bundles
@@ -100,8 +100,9 @@ class Cluster:
             ).remote(
                 rollout,
                 model_path=model_files(student_path),
-                dtype=config.learner.dtype,
+                dtype=rollout.dtype or config.learner.dtype,
                 device=config.device,
+                max_num_seqs=max_num_seqs(config),
                 end_ids=end_ids,
                 max_prompt_tokens=max_prompt_tokens,
                 max_new_tokens=max_new_tokens,

@@ -39,6 +39,7 @@ AT_LEAST_ONE = (
     "learner.logits_mib",
     "learner.micro_batch_size",
     "learner.num_ranks",
+    "rollout.kv_cache_mib",
     "rollout.max_new_tokens",
     "rollout.max_num_seqs",
     "rollout.num_workers",
@@ -118,8 +119,9 @@ class RolloutConfig:
     num_gpus: float = 0.0  # each actor
     labels: dict[str, str] = field(default_factory=dict)  # of the machines it may be on
     max_new_tokens: int | None = None  # null: the longest correct answer in the data plus 8
-    max_num_seqs: int = 64  # samples decoded at once
-    kv_cache_mib: int = 64  # each engine
+    dtype: Literal["float32", "bfloat16"] | None = None  # float32 | bfloat16; null: the learner's
+    max_num_seqs: int | None = None  # decoded at once; null: a worker's share of an update, ≤ 256
+    kv_cache_mib: int | None = None  # each engine; null: room for max_num_seqs at full length
     grammar: bool = False  # decode under the contract's JSON schema; not for training samples
     engine: dict[str, Any] = field(default_factory=dict)  # passed on to vllm.LLM
 
@@ -398,6 +400,12 @@ def schedule_value(schedule: Schedule, target: float, step: int, num_steps: int)
     if schedule.kind == "linear" and num_steps > 1:
         return target + (schedule.final - target) * step / (num_steps - 1)
     return target
+
+
+def max_num_seqs(config: Config) -> int:
+    """Samples that one rollout worker decodes at once."""
+    share = math.ceil(config.num_prompts * config.group_size / config.rollout.num_workers)
+    return config.rollout.max_num_seqs or min(share, 256)
 
 
 def needs_base(config: Config) -> bool:

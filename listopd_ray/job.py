@@ -153,7 +153,7 @@ def evaluate_checkpoint(model: str, config: Config) -> dict[str, Any]:
         serve(config, **serving_arguments(model, config, tokenizer, split)) as workers,
         progress_bar("evaluate", 2 * num_prompts, unit="output", delay=2.0) as bar,
     ):
-        sampler = InChunks(workers, chunk_size(config.rollout), bar)
+        sampler = InChunks(workers, chunk_size(config), bar)
         result, _ = evaluate(sampler, split, text, num_prompts)
     return result
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,7 @@ class RolloutWorker:
         model_path: StrPath,
         dtype: str,
         device: str,
+        max_num_seqs: int,
         end_ids: tuple[int, ...],
         max_prompt_tokens: int,
         max_new_tokens: int,
@@ -61,12 +64,15 @@ class RolloutWorker:
         )
         if config.backend == "vllm":
             self._engine: Any = VllmEngine(
-                config, max_model_len=max_prompt_tokens + max_new_tokens, **options
+                config,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_prompt_tokens + max_new_tokens,
+                **options,
             )
         else:
             from listopd_ray.roles.hf_engine import HfEngine
 
-            self._engine = HfEngine(batch_size=config.max_num_seqs, device=device, **options)
+            self._engine = HfEngine(batch_size=max_num_seqs, device=device, **options)
 
     def use_checkpoint(self) -> None:
         """Serve the weights of the checkpoint itself, as version 0."""
@@ -135,6 +141,7 @@ class VllmEngine:
         dtype: str,
         end_ids: tuple[int, ...],
         max_new_tokens: int,
+        max_num_seqs: int,
         max_model_len: int,
     ) -> None:
         from vllm import LLM
@@ -142,15 +149,19 @@ class VllmEngine:
         self._end_ids = end_ids
         self._max_new_tokens = max_new_tokens
         self._grammar = config.grammar
+        cache = config.kv_cache_mib
+        if cache is None:
+            shape = json.loads(Path(os.fspath(model_path), "config.json").read_text())
+            cache = kv_cache_mib(shape, dtype, max_num_seqs, max_model_len, config.engine)
         options: dict[str, Any] = dict(
             skip_tokenizer_init=not config.grammar,  # token ids go in and out
             generation_config="vllm",  # no sampling defaults from the checkpoint
             enforce_eager=True,
             # A seeded request whose prompt is split over two steps fails on the CPU.
             enable_chunked_prefill=False,
-            max_num_batched_tokens=max(2048, max_model_len),
+            max_num_batched_tokens=max(8192, max_model_len),
             enable_prefix_caching=False,
-            kv_cache_memory_bytes=config.kv_cache_mib << 20,
+            kv_cache_memory_bytes=cache << 20,
             disable_log_stats=True,
             seed=0,
             trust_remote_code=False,
@@ -162,7 +173,7 @@ class VllmEngine:
             model=os.fspath(model_path),
             dtype=dtype,
             max_model_len=max_model_len,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=max_num_seqs,
             **{**options, **config.engine},
         )
 
@@ -215,6 +226,27 @@ class VllmEngine:
             logprobs = _flat(output.logprobs, token_ids).tolist()
             completions.append(Completion(token_ids, logprobs, output.finish_reason == "stop"))
         return completions
+
+
+def kv_cache_mib(
+    shape: Mapping[str, Any],
+    dtype: str,
+    num_seqs: int,
+    num_tokens: int,
+    engine: Mapping[str, Any],
+) -> int:
+    """MiB that `num_seqs` sequences of `num_tokens` take in each process of an engine.
+
+    `shape` is the model's config.json. vLLM gives memory out in whole blocks, of 128 tokens on the
+    CPU (of fewer on GPUs: there this is too much by less than a block a sequence), and keeps one.
+    """
+    heads = shape.get("num_key_value_heads") or shape["num_attention_heads"]
+    heads = max(1, heads // engine.get("tensor_parallel_size", 1))
+    size = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+    token = 2 * shape["num_hidden_layers"] * heads * size * (4 if dtype == "float32" else 2)
+    block = engine.get("block_size", 128)
+    num_blocks = num_seqs * math.ceil(num_tokens / block) + 1
+    return math.ceil(num_blocks * block * token / (1 << 20))
 
 
 @functools.cache

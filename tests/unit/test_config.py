@@ -163,6 +163,7 @@ def test_a_value_out_of_range_is_named_with_its_key(arguments):
         "scoring.micro_batch_size=0",
         "scoring.support_size=-1",
         "rollout.max_num_seqs=0",
+        "rollout.kv_cache_mib=0",
         "rollout.max_new_tokens=-1",
         "checkpoint.keep=0",
         "learner.beta1=1",

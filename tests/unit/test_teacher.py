@@ -248,7 +248,7 @@ def test_generation_ends_with_the_first_end_token_and_keeps_it(
 def test_sampling_draws_from_the_whole_distribution(make_engine, rollouts, student_model):
     """First tokens of many draws against exact probabilities: no temperature, top-k or top-p."""
     prompt, num_draws = rollouts[0].prompt, 4000
-    requests = [Request(prompt=prompt, sample_index=i, seed=11) for i in range(num_draws)]
+    requests = [Request(prompt=prompt, sample_index=i, seed=i) for i in range(num_draws)]
     completions = make_engine(max_new_tokens=1, batch_size=num_draws).generate(requests, False)
     counts = np.bincount([c.token_ids[0] for c in completions], minlength=340)
     (row,) = oracles.prefix_logprobs(student_model, prompt.token_ids, [0])
