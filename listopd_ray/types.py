@@ -192,7 +192,7 @@ def unpacked(content: Packed) -> tuple[Any, ...]:
     if content is None:
         return ()
     made, columns = content
-    lists = []
+    lists = list[Sequence[Any]]()
     for column in columns.values():
         if isinstance(column, list):
             lists.append(column)
