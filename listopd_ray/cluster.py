@@ -15,7 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from listopd_ray.config import Config, max_num_seqs
+from listopd_ray.config import Config, max_num_seqs, sync_directory
 from listopd_ray.handles import LearnerHandle, StartFailed, TeacherPool, Workers
 from listopd_ray.model_files import model_files
 from listopd_ray.placement import bundles_of, reserve, teacher_bundles
@@ -107,6 +107,7 @@ class Cluster:
                 max_prompt_tokens=max_prompt_tokens,
                 max_new_tokens=max_new_tokens,
                 tolerance=config.sync.tolerance,
+                adapter_rank=config.lora.rank if config.sync.method == "adapter" else 0,
             )
 
         def start_teacher(index: int) -> Any:
@@ -134,6 +135,7 @@ class Cluster:
                     config,
                     student_path=model_files(student_path),
                     canary_ids=canary_ids,
+                    sync_directory=sync_directory(config),
                     rank=rank,
                     meeting_point=point,
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import math
 import re
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from listopd_ray.redact import redacted
-from listopd_ray.types import ListopdError
+from listopd_ray.types import ListopdError, SyncMethod
 
 T = TypeVar("T")
 
@@ -170,6 +171,8 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class SyncConfig:
+    method: SyncMethod = "object_store"  # object_store | directory (files) | adapter (LoRA alone)
+    path: str | None = None  # of the files, for learner and workers; null: in the run's directory
     tolerance: float = 1e-4  # nats; the largest |rollout − learner| log-probability allowed
 
 
@@ -282,6 +285,7 @@ class Config:
     trace: bool = False  # write trace.json, where the time goes: for ui.perfetto.dev
 
 
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size")  # of `rollout.engine`: processes
 PLAIN_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 NOT_NEGATIVE = (
     "autoscaling_wait_s",
@@ -393,6 +397,15 @@ def run_directory(config: Config) -> Path:
     return Path(config.out) / config.name
 
 
+def sync_directory(config: Config) -> Path:
+    """Absolute; of this run alone, for the files of its weights on their way to the workers."""
+    run = run_directory(config).absolute()
+    if config.sync.path is None:
+        return run / "sync"
+    digest = hashlib.sha256(str(run).encode()).hexdigest()[:8]
+    return Path(config.sync.path).absolute() / f"{config.name}-{digest}"
+
+
 def schedule_value(schedule: Schedule, target: float, step: int, num_steps: int) -> float:
     """The scheduled value at `step` (0-based) of `num_steps`; `target` is the full value."""
     if schedule.kind == "warmup" and step < schedule.steps:
@@ -497,6 +510,11 @@ def _validate(config: Config) -> None:
     require(not grammar_without_vllm, "rollout.grammar", "needs rollout.backend=vllm")
     timeout = config.faults.timeout_s
     require(0 < timeout < 1e9, "faults.timeout_s", "must be > 0 and finite")
+    adapter_without_one = config.sync.method == "adapter" and config.lora.rank == 0
+    require(not adapter_without_one, "sync.method", "adapter needs lora.rank ≥ 1")
+    alone = all(config.rollout.engine.get(key, 1) == 1 for key in PARALLEL)
+    rule = "object_store does not reach an engine's other processes: directory does"
+    require(alone or config.sync.method != "object_store", "sync.method", rule)
     tolerance = config.sync.tolerance
     require(math.isfinite(tolerance) and tolerance > 0, "sync.tolerance", "must be finite and > 0")
     require(config.learner.max_grad_norm > 0, "learner.max_grad_norm", "must be > 0")

@@ -10,13 +10,14 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayError
 
 from listopd_ray.checkpoint import Files, writing
 from listopd_ray.model_files import ModelFiles, model_files
@@ -26,6 +27,8 @@ from listopd_ray.roles.teacher import Scored
 from listopd_ray.supervision import Faults, LearnerLost
 from listopd_ray.team import LOST, Team, Work, why_lost
 from listopd_ray.types import Inspection, ListopdError, Prompt
+
+CLOSE_TIMEOUT_S = 10.0
 
 
 class StartFailed(ListopdError):  # noqa: N818 - what happened, not what went wrong
@@ -77,12 +80,18 @@ class Workers:
         """Serve the weights that the engines were started with: there is no learner."""
         self._everywhere(lambda actor: actor.use_checkpoint.remote())
 
-    def load_weights(self, weights: Any) -> float:
-        """Load into every worker; the largest canary difference (nats).
+    def load_weights(self, weights: Any) -> dict[str, float]:
+        """Load into every worker; metrics of the slowest and the one that differs most.
 
         An engine in which that fails is replaced: half-loaded weights are never loaded over.
         """
-        return max(self._everywhere(lambda actor: actor.load_weights.remote(weights)))
+        loaded = self._everywhere(lambda actor: actor.load_weights.remote(weights))
+        return {
+            "sync/canary_max": max(each.canary_max for each in loaded),
+            "sync/bytes": float(loaded[0].num_bytes),
+            "time/publish_s": loaded[0].publish_seconds,
+            "time/load_s": max(each.load_seconds + each.canary_seconds for each in loaded),
+        }
 
     def _everywhere(self, call: Callable[[Any], Any]) -> list[Any]:
         team = self._team
@@ -171,6 +180,12 @@ class LearnerHandle:
         weights, *others = [rank.publish_weights.remote() for rank in self._ranks]
         self._wait([*others, self._ranks[0].__ray_ready__.remote()])  # calls are done in order
         return weights
+
+    def close(self) -> None:
+        """Remove the files of its weights, if it still can: else the next learner of the run does.
+        The last call."""
+        with suppress(RayError):
+            ray.get(self._ranks[0].close.remote(), timeout=CLOSE_TIMEOUT_S)
 
     def save(self, url: str) -> Files:
         return self._call("save", url)

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +176,13 @@ def distill(
         digest = hashlib.sha256(Path(config.prediction).read_bytes()).hexdigest()
     hashes = prepared.hashes | ({"prediction": digest} if digest else {})
     reports = [report] if report else []
-    with Gauges(config) as gauges, Run(config, hashes, gauges.show, *reports) as run:
-        learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
+    with (
+        Gauges(config) as gauges,
+        Run(config, hashes, gauges.show, *reports) as run,
+        closing(
+            cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
+        ) as learner,
+    ):
         workers = cluster.workers.with_seed(config.seed)
         has_base = not learner_scores_base(config)
         scorer = cluster.teacher.with_base(prepared.base_path if has_base else None)

@@ -124,7 +124,7 @@ class SlotKeeper:
         teacher = (teacher_path, config.scoring, config.learner.dtype, config.device)
         fixed = {name: value for name, value in arguments.items() if name != "student_path"}
         learner = (bundles_of(config)[0], config.learner.num_ranks, config.learner.dtype)
-        wanted = (fixed, config.rollout, learner, config.sync, config.device)
+        wanted = (fixed, config.rollout, learner, config.sync, config.lora, config.device)
         run = (config.out, config.name, config.seed)  # never twice at once
         with self._changed:
             self._changed.wait_for(lambda: self._is_turn_of(run, teacher))

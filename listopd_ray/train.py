@@ -45,7 +45,7 @@ GATE_PROMPTS = 16
 class RolloutWorkers(Sampler, Protocol):
     def ready(self, works: list[Any], *, block: bool) -> list[int]: ...
 
-    def load_weights(self, weights: Any) -> float: ...
+    def load_weights(self, weights: Any) -> dict[str, float]: ...
 
 
 class Scorer(Protocol):
@@ -197,7 +197,7 @@ class Loop:
         config, step, start = self._config, self._step, time.perf_counter()
         if self._batch is not None:
             self._collect(self._batch, block=False)
-        metrics["sync/canary_max"] = self._sync()
+        metrics |= self._sync()
         now = time.perf_counter()
         metrics |= {"time/sync_s": now - start, "time/step_s": now - self._start}
         metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
@@ -265,8 +265,8 @@ class Loop:
             self._run.save(self._step, self._learner, self._state(), **marks)
         self._kept = (self._step, self._unfinished is None)
 
-    def _sync(self) -> float:
-        """The learner's weights into every worker; the largest canary difference."""
+    def _sync(self) -> dict[str, float]:
+        """The learner's weights into every worker; metrics of that."""
         with self._span("publish"):
             weights = self._learner.publish_weights()
         with self._span("load_weights"):

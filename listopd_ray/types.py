@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 FinishReason = Literal["stop", "length"]
+SyncMethod = Literal["object_store", "directory", "adapter"]
 StrPath = str | os.PathLike[str]
 
 
@@ -104,17 +105,34 @@ class ScoredRollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Weights:
-    """The student's weights at one version: learner → every rollout worker.
+    """The student at one version: learner → every rollout worker.
 
-    Tensors are numpy arrays so that readers map them from the object store without a copy;
-    bfloat16 travels as its uint16 bit pattern.
+    Its tensors themselves, as numpy arrays so that readers map them from the object store without a
+    copy (bfloat16 travels as its uint16 bit pattern), or the directory that holds them.
     """
 
     policy_version: int
-    tensors: dict[str, np.ndarray]  # Hugging Face checkpoint names, `lm_head.weight` included
+    method: SyncMethod = "object_store"
+    # Hugging Face checkpoint names, `lm_head.weight` included.
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)  # empty but for object_store
+    path: str | None = None  # directory: of a checkpoint's tensors; adapter: of PEFT
+    files: dict[str, int] = field(default_factory=dict)  # of `path`: bytes by name
     dtype: Literal["float32", "bfloat16"]
     canary_ids: np.ndarray  # [L] int32, a fixed sequence
     canary_logprobs: np.ndarray  # [L − 1] float32, the learner's, of tokens 1 … L − 1
+    num_bytes: int = 0  # of tensors or files
+    seconds: float = 0.0  # that publishing took
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What one rollout worker says of the weights that it has loaded."""
+
+    canary_max: float  # nats; the largest difference to the learner
+    num_bytes: int
+    publish_seconds: float
+    load_seconds: float
+    canary_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,7 +77,7 @@ class FakeWorkers:
     def load_weights(self, weights):
         self._weights = weights
         self._events.append(("load_weights", weights["policy_version"]))
-        return 0.0
+        return {"sync/canary_max": 0.0}
 
     def generate(self, prompts, tag, *, group_size=1, greedy=False):
         self._events.append(("generate", tag))

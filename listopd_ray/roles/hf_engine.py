@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +28,23 @@ class HfEngine:
         end_ids: tuple[int, ...],
         max_new_tokens: int,
         batch_size: int,
+        adapter_rank: int = 0,
     ) -> None:
         self._model = load_model(model_path, dtype=dtype, device=device).eval()
+        self._adapter_rank = adapter_rank
+        self._adapter: Any = None  # PEFT's wrapper of the model
         self._end_ids = end_ids
         self._max_new_tokens = max_new_tokens
         self._batch_size = batch_size
 
     def load_weights(self, weights: Weights) -> None:
+        if weights.method == "adapter":
+            from listopd_ray.roles.adapters import check_rank, load_adapter
+
+            assert weights.path is not None
+            check_rank(weights.path, self._adapter_rank)
+            self._adapter = load_adapter(self._model, self._adapter, weights.path)
+            return
         tensors = dict(torch_tensors(weights))
         missing, unexpected = self._model.load_state_dict(tensors, strict=False)
         tied = {"lm_head.weight"} if self._model.config.tie_word_embeddings else set()

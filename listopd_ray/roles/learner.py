@@ -19,11 +19,11 @@ from listopd_ray.config import Config, learner_scores_base
 from listopd_ray.models import read_files
 from listopd_ray.roles.batching import collate, collate_rollouts, micro_batches
 from listopd_ray.roles.losses import TokenScores, Update
+from listopd_ray.roles.publisher import Publisher
 from listopd_ray.roles.ranks import Ranks, fill, whole
 from listopd_ray.roles.student import Student
 from listopd_ray.roles.teacher import Scored
 from listopd_ray.roles.update_metrics import update_metrics
-from listopd_ray.roles.weights import to_numpy
 from listopd_ray.types import Histogram, Inspection, ListopdError, ScoredRollout, StrPath, Weights
 
 # Per-token columns of a batch, and the fields of `ScoredRollout` they come from.
@@ -55,14 +55,18 @@ class Learner:
         *,
         student_path: StrPath,
         canary_ids: np.ndarray,
+        sync_directory: Path | None = None,
         rank: int = 0,
         meeting_point: str = "",
     ) -> None:
-        """`meeting_point`: of the ranks, see `Ranks.join`."""
+        """`sync_directory`: see `Publisher`; `meeting_point`: of the ranks, see `Ranks.join`."""
         self._config = config
         self._device = config.device
         self._ranks = Ranks.join(rank, config.learner.num_ranks, meeting_point, config.device)
         self._student = Student(student_path, config, self._ranks)
+        self._publisher = Publisher(
+            self._student, config.sync.method, sync_directory, is_first=rank == 0
+        )
         self._canary_ids = canary_ids
         self._optimizer = torch.optim.AdamW(
             self._student.trained(),
@@ -182,21 +186,16 @@ class Learner:
     @torch.no_grad()
     def publish_weights(self) -> Weights | None:
         """The weights for the rollout workers, from rank 0."""
+        start = time.perf_counter()
         batch = collate([self._canary_ids[:1]], [self._canary_ids[1:]], self._device)
         canary = self._student.logprobs(batch, batch.token_ids[:, None])[:, 0]
-        is_first, tensors = self._ranks.rank == 0, dict[str, np.ndarray]()
-        for name, tensor in self._student.tensors():
-            if is_first:
-                tensors[name] = to_numpy(tensor.to("cpu", copy=True))
-        if not is_first:
-            return None
-        return Weights(
-            policy_version=self.policy_version,
-            tensors=tensors,
-            dtype=self._config.learner.dtype,
-            canary_ids=self._canary_ids,
-            canary_logprobs=canary.cpu().numpy(),
+        return self._publisher.publish(
+            self.policy_version, self._canary_ids, canary.cpu().numpy(), since=start
         )
+
+    def close(self) -> None:
+        """Remove the files of its weights."""
+        self._publisher.close()
 
     def save(self, url: str) -> Files | None:
         """Weights, optimizer and version; the digests of the files, from rank 0. There is no other

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from listopd_ray.config import RolloutConfig
-from listopd_ray.types import ListopdError, Prompt, Rollout, StrPath, Weights
+from listopd_ray.config import PARALLEL, RolloutConfig
+from listopd_ray.roles.vllm_weights import leave_unpacked, load_in_place, lora_options
+from listopd_ray.types import ListopdError, Loaded, Prompt, Rollout, StrPath, Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,9 @@ class RolloutWorker:
         max_prompt_tokens: int,
         max_new_tokens: int,
         tolerance: float,
+        adapter_rank: int = 0,
     ) -> None:
+        """`adapter_rank`: of the LoRA adapters that it will load over the checkpoint; 0: none."""
         self._policy_version: int | None = None
         self._tolerance = tolerance
         options: dict[str, Any] = dict(
@@ -61,6 +64,7 @@ class RolloutWorker:
             dtype=dtype,
             end_ids=end_ids,
             max_new_tokens=max_new_tokens,
+            adapter_rank=adapter_rank,
         )
         if config.backend == "vllm":
             self._engine: Any = VllmEngine(
@@ -78,14 +82,19 @@ class RolloutWorker:
         """Serve the weights of the checkpoint itself, as version 0."""
         self._policy_version = 0
 
-    def load_weights(self, weights: Weights) -> float:
+    def load_weights(self, weights: Weights) -> Loaded:
         """Load `weights`, then compare the canary's log-probabilities with the learner's.
 
-        Returns the largest absolute difference in nats. Raises ListopdError above the tolerance:
-        names, order, a stale tied head or a stale cache show up here and nowhere else.
+        Raises ListopdError where one differs by more than the tolerance: names, order, a stale tied
+        head or a stale cache show up here and nowhere else.
         """
+        from listopd_ray.roles.weights import wait_for_files
+
+        start = time.perf_counter()
         self._policy_version = None  # a half-loaded engine must never serve
+        wait_for_files(weights)
         self._engine.load_weights(weights)
+        loaded = time.perf_counter()
         logprobs = self._engine.prompt_logprobs(weights.canary_ids)
         difference = float(np.abs(logprobs - weights.canary_logprobs).max())
         if not difference <= self._tolerance:  # NaN fails too
@@ -94,7 +103,13 @@ class RolloutWorker:
                 f"from the learner's by {difference:.2g} nats (sync.tolerance={self._tolerance:g})"
             )
         self._policy_version = weights.policy_version
-        return difference
+        return Loaded(
+            canary_max=difference,
+            num_bytes=weights.num_bytes,
+            publish_seconds=weights.seconds,
+            load_seconds=loaded - start,
+            canary_seconds=time.perf_counter() - loaded,
+        )
 
     def generate(
         self, requests: Sequence[Request], greedy: bool = False, attempt: int = 0
@@ -143,9 +158,16 @@ class VllmEngine:
         max_new_tokens: int,
         max_num_seqs: int,
         max_model_len: int,
+        adapter_rank: int = 0,
     ) -> None:
         from vllm import LLM
 
+        self._adapter_rank = adapter_rank
+        self._adapter: Any = None  # vLLM's LoRARequest of the version that it serves
+        in_one_process = not set(PARALLEL) & set(config.engine)
+        self._in_place = (
+            in_one_process and dtype == "float32" and leave_unpacked(os.fspath(model_path))
+        )
         self._end_ids = end_ids
         self._max_new_tokens = max_new_tokens
         self._grammar = config.grammar
@@ -166,9 +188,12 @@ class VllmEngine:
             seed=0,
             trust_remote_code=False,
             load_format="safetensors",
+            use_tqdm_on_load=False,
         )
         if config.grammar:
             options["structured_outputs_config"] = {"backend": "xgrammar"}
+        if adapter_rank:
+            options |= lora_options(adapter_rank)
         self._llm = LLM(
             model=os.fspath(model_path),
             dtype=dtype,
@@ -180,12 +205,36 @@ class VllmEngine:
     def load_weights(self, weights: Weights) -> None:
         from listopd_ray.roles.weights import torch_tensors
 
-        # The layerwise reload: the only path that re-packs the CPU backend's kernels.
-        self._llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": torch_tensors(weights)}
-        )
+        if weights.method == "adapter":
+            self._load_adapter(weights)
+        elif self._in_place:
+            self._llm.apply_model(lambda model: load_in_place(model, torch_tensors(weights)))
+        else:
+            # The layerwise reload: the only path that re-packs the CPU backend's kernels. Workers
+            # in processes of their own (tensor parallelism) read files themselves.
+            from_files = {"weights_path": weights.path}
+            self._llm.collective_rpc(
+                "reload_weights",
+                kwargs=from_files if weights.path else {"weights_iterator": torch_tensors(weights)},
+            )
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("prefix cache still in use: cached states of the old weights remain")
+
+    def _load_adapter(self, weights: Weights) -> None:
+        """In the place of the one before, over weights that stay."""
+        from vllm.lora.request import LoRARequest
+
+        from listopd_ray.roles.adapters import check_rank
+
+        path = weights.path
+        assert path is not None
+        check_rank(path, self._adapter_rank)
+        before, engine = self._adapter, self._llm.llm_engine
+        number = before.lora_int_id + 1 if before else 1
+        self._adapter = LoRARequest(f"{number}", number, path)  # a known name would not be read
+        if before:
+            engine.remove_lora(before.lora_int_id)
+        engine.add_lora(self._adapter)
 
     def prompt_logprobs(self, token_ids: np.ndarray) -> np.ndarray:
         from vllm import SamplingParams
@@ -194,7 +243,10 @@ class VllmEngine:
             max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
         )
         (output,) = self._llm.generate(
-            [{"prompt_token_ids": token_ids.tolist()}], params, use_tqdm=False
+            [{"prompt_token_ids": token_ids.tolist()}],
+            params,
+            use_tqdm=False,
+            lora_request=self._adapter,
         )
         return _flat(output.prompt_logprobs, token_ids[1:].tolist(), skip=1)
 
@@ -220,7 +272,9 @@ class VllmEngine:
         ]
         prompts = [{"prompt_token_ids": r.prompt.token_ids.tolist()} for r in requests]
         completions = []
-        for result in self._llm.generate(prompts, params, use_tqdm=False):
+        for result in self._llm.generate(
+            prompts, params, use_tqdm=False, lora_request=self._adapter
+        ):
             output = result.outputs[0]
             token_ids = list(output.token_ids)
             logprobs = _flat(output.logprobs, token_ids).tolist()

@@ -53,7 +53,7 @@ class Killer:
         self._lasts: dict[str, float] = {}  # s that the phase took last time
         load = Workers.load_weights
 
-        def load_and_fail(workers: Workers, weights: Any) -> float:
+        def load_and_fail(workers: Workers, weights: Any) -> dict[str, float]:
             if self._is_due("poison"):
                 del self.plan[self._update + 1]
                 actor = workers._team.actors[0]
