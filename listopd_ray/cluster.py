@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,11 +78,13 @@ class Cluster:
         *,
         student_path: Path,
         teacher_path: Path | None,
+        teachers: Mapping[str, Path] | None = None,
         end_ids: tuple[int, ...],
         max_prompt_tokens: int,
         max_new_tokens: int,
         supervised: bool = True,
     ) -> None:
+        """`teachers`: further ones, by the names that prompts give."""
         bundles = bundles_of(config, with_teachers=teacher_path is not None)
         # A slot of a search stays together: one machine lost is one trial lost.
         strategy = "SPREAD" if supervised else "PACK"
@@ -104,16 +106,18 @@ class Cluster:
                 tolerance=config.sync.tolerance,
             )
 
-        def start_teacher(index: int) -> Any:
-            assert teacher_path is not None
-            return _spawn_teacher(config, teacher_path, self._group, first_teacher + index)
+        scorers = _scorers(config, teacher_path, teachers) if teacher_path is not None else []
 
-        num_teachers = config.scoring.num_actors if teacher_path is not None else 0
+        def start_teacher(index: int) -> Any:
+            place, path = first_teacher + index, scorers[index][1]
+            lengths = (max_prompt_tokens, max_new_tokens)
+            return _spawn_teacher(config, path, self._group, place, lengths)
+
         workers = self._team("rollout", start_worker, rollout.num_workers)
-        teachers = self._team("teacher", start_teacher, num_teachers)
+        scoring = self._team("teacher", start_teacher, len(scorers))
         self.workers = Workers(workers, config.seed)
-        self.teacher = TeacherPool(teachers)
-        self._teams = (workers, teachers)
+        self.teacher = TeacherPool(scoring, [name for name, _ in scorers])
+        self._teams = (workers, scoring)
 
     def start_learner(
         self, config: Config, student_path: Path, canary_ids: np.ndarray
@@ -158,14 +162,24 @@ class Cluster:
 class SharedTeachers:
     """Teacher actors in a placement group of their own, for several clusters at once."""
 
-    def __init__(self, config: Config, teacher_path: Path, num_bases: int) -> None:
-        """`num_bases` runs with bases of their own may use them at once."""
+    def __init__(
+        self,
+        config: Config,
+        teacher_path: Path,
+        teachers: Mapping[str, Path],
+        lengths: tuple[int, int],
+        num_bases: int,
+    ) -> None:
+        """`teachers` as for `Cluster`; `lengths`: of the longest prompt and completion; `num_bases`
+        runs with bases of their own may use them at once."""
         self._group = reserve(config, "the teachers", teacher_bundles(config))
+        scorers = _scorers(config, teacher_path, teachers)
         self._actors = [
-            _spawn_teacher(config, teacher_path, self._group, index, num_bases)
-            for index in range(config.scoring.num_actors)
+            _spawn_teacher(config, path, self._group, index, lengths, num_bases)
+            for index, (_, path) in enumerate(scorers)
         ]
-        self.pool = TeacherPool(Team("teacher", self._actors, Faults(config.faults), spawn=None))
+        team = Team("teacher", self._actors, Faults(config.faults), spawn=None)
+        self.pool = TeacherPool(team, [name for name, _ in scorers])
 
     def wait_until_ready(self) -> None:
         """As `Cluster.wait_until_ready`."""
@@ -187,15 +201,32 @@ def _spawn(role: type, group: PlacementGroup, bundle: int, env: dict[str, str]) 
     )
 
 
+def _scorers(
+    config: Config, teacher_path: Path, teachers: Mapping[str, Path] | None
+) -> list[tuple[str | None, Path]]:
+    """Name (None: the default) and checkpoint of every teacher actor."""
+    named = [(None, teacher_path), *(teachers or {}).items()]
+    return [pair for pair in named for _ in range(config.scoring.num_actors)]
+
+
 def _spawn_teacher(
-    config: Config, teacher_path: Path, group: PlacementGroup, bundle: int, num_bases: int = 1
+    config: Config,
+    teacher_path: Path,
+    group: PlacementGroup,
+    bundle: int,
+    lengths: tuple[int, int],
+    num_bases: int = 1,
 ) -> Any:
-    return _spawn(Teacher, group, bundle, _TORCH_ENV).remote(
+    env = _vllm_env(config) if config.scoring.backend == "vllm" else _TORCH_ENV
+    return _spawn(Teacher, group, bundle, env).remote(
         config.scoring,
         teacher_path=model_files(teacher_path),
-        dtype=config.learner.dtype,
+        dtype=config.scoring.dtype or config.learner.dtype,
         device=config.device,
         num_bases=num_bases,
+        max_prompt_tokens=lengths[0],
+        max_new_tokens=lengths[1],
+        tolerance=config.sync.tolerance,
     )
 
 

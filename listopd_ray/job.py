@@ -130,6 +130,7 @@ def finished_summary(config: Config) -> dict[str, Any]:
     for name, model in (("warm_start", config.student), ("teacher", config.teacher)):
         if model.path and model.warmstart.num_steps == 0:  # taken as it is
             now[name] = model_hash(model.path)
+    now |= {f"teachers.{name}": model_hash(path) for name, path in config.teachers.items()}
     before = {name: hashes[name] for name in now if name in hashes}
     check_same(f"{run_directory(config)}: made from other data or models", before, now)
     return summary
