@@ -15,13 +15,14 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from listopd_ray.config import Config
-from listopd_ray.handles import LearnerHandle, StartFailed, TeacherPool, Workers
+from listopd_ray.handles import LearnerHandle, StartFailed, Workers
 from listopd_ray.model_files import model_files
 from listopd_ray.placement import bundles_of, reserve, teacher_bundles
 from listopd_ray.roles.learner import Learner
 from listopd_ray.roles.rollout import RolloutWorker
 from listopd_ray.roles.teacher import Teacher
 from listopd_ray.supervision import Faults, handlers_kept
+from listopd_ray.teacher_pool import TeacherPool
 from listopd_ray.team import GONE, START_TIMEOUT_S, Team
 from listopd_ray.tracking import progress_bar
 from listopd_ray.types import ListopdError, last_line
@@ -165,13 +166,13 @@ class SharedTeachers:
     def __init__(
         self,
         config: Config,
+        num_bases: int,
         teacher_path: Path,
         teachers: Mapping[str, Path],
         lengths: tuple[int, int],
-        num_bases: int,
     ) -> None:
-        """`teachers` as for `Cluster`; `lengths`: of the longest prompt and completion; `num_bases`
-        runs with bases of their own may use them at once."""
+        """`num_bases` runs with bases of their own may use them at once; `teachers` as for
+        `Cluster`; `lengths`: of the longest prompt and completion."""
         self._group = reserve(config, "the teachers", teacher_bundles(config))
         scorers = _scorers(config, teacher_path, teachers)
         self._actors = [

@@ -20,7 +20,7 @@ from listopd_ray.cluster import Cluster, launch, serve
 from listopd_ray.config import CliffConfig, Config, run_directory
 from listopd_ray.evaluate import InChunks, chunk_size, evaluate
 from listopd_ray.gauges import Gauges
-from listopd_ray.handles import LearnerHandle, TeacherPool, make_requests
+from listopd_ray.handles import LearnerHandle, make_requests
 from listopd_ray.models import end_ids, load_tokenizer, model_hash
 from listopd_ray.prepare import Prepared, prepare, serving_arguments
 from listopd_ray.report import REPORT, close_with_report
@@ -31,6 +31,7 @@ from listopd_ray.steering import check_prediction, read_prediction
 from listopd_ray.supervision import LearnerLost
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import dataset_hash
+from listopd_ray.teacher_pool import TeacherPool
 from listopd_ray.timeline import traced
 from listopd_ray.tracking import (
     Run,

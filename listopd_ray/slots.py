@@ -23,10 +23,11 @@ from ray.util import ActorPool
 
 from listopd_ray.cluster import Cluster, SharedTeachers
 from listopd_ray.config import Config, needs_base
-from listopd_ray.handles import LearnerHandle, TeacherPool, Workers
+from listopd_ray.handles import LearnerHandle, Workers
 from listopd_ray.placement import beside_driver, bundles_of, check_room, teacher_bundles
 from listopd_ray.prepare import Prepared, prepare
 from listopd_ray.supervision import Faults
+from listopd_ray.teacher_pool import TeacherPool
 from listopd_ray.tracking import progress_bar
 from listopd_ray.types import ListopdError, last_line
 
@@ -201,14 +202,16 @@ class SlotKeeper:
         slot.holder, slot.run, slot.is_building = None, None, False
         self._changed.notify_all()
 
-    def _shared_teachers(self, config: Config, arguments: Any, wanted: Any) -> TeacherPool:
+    def _shared_teachers(
+        self, config: Config, arguments: tuple[Any, ...], wanted: Any
+    ) -> TeacherPool:
         """One set for all slots; made anew for other teachers, and where one of them has died.
         `arguments` as for `SharedTeachers`."""
         with self._teacher_lock:
             if self._teachers is None or self._teachers_for != wanted or not _alive(self._teachers):
                 if self._teachers is not None:
                     self._teachers.shutdown()
-                self._teachers = SharedTeachers(config, *arguments, num_bases=len(self._slots))
+                self._teachers = SharedTeachers(config, len(self._slots), *arguments)
                 self._teachers.wait_until_ready()
                 self._teachers_for = wanted
             return self._teachers.pool

@@ -74,26 +74,35 @@ class PromptScores:
     def generate(self, requests: Sequence[Request], greedy: bool) -> list[Completion]:
         return self._engine.generate(requests, greedy)
 
-    def columns(self, rollouts: Sequence[Rollout], _: Batch, places: Places) -> Columns:
+    def columns(self, rollouts: Sequence[Rollout], _: Batch, __: Places) -> Columns:
         """As `scoring.teacher_columns`, but for the mass of the unused ids: NaN throughout."""
         sequences = [np.concatenate([r.prompt.token_ids, r.token_ids]) for r in rollouts]
-        found = self._engine.best_prompt_logprobs(sequences, self._num_best)
-        lengths = [len(r.token_ids) for r in rollouts]
-        pairs = list(zip(found, lengths, strict=True))
-        ids = np.concatenate([ids[-length:] for (ids, _), length in pairs])  # [N, 1 + best]
-        logprobs = np.concatenate([logprobs[-length:] for (_, logprobs), length in pairs])
-        columns = {
-            "teacher_logprobs": logprobs[:, 0],
-            "modal_ids": ids[:, 1],
-            "teacher_modal_logprobs": logprobs[:, 1],
-            "teacher_unused_mass": np.full(len(places.classes), np.nan, dtype=np.float32),
-        }
-        if self._support_size:
-            is_excluded = np.isin(ids[:, 1:], self._excluded)
-            kept = 1 + np.argsort(is_excluded, axis=1, kind="stable")[:, : self._support_size]
-            columns["support_ids"] = np.take_along_axis(ids, kept, axis=1)
-            columns["support_logprobs"] = np.take_along_axis(logprobs, kept, axis=1)
-        return columns
+        tables = self._engine.best_prompt_logprobs(sequences, self._num_best)
+        return best_columns(rollouts, tables, self._support_size, self._excluded)
+
+
+def best_columns(
+    rollouts: Sequence[Rollout],
+    tables: Sequence[tuple[np.ndarray, np.ndarray]],
+    support_size: int,
+    excluded: np.ndarray,
+) -> Columns:
+    """Columns [N] out of `VllmEngine.best_prompt_logprobs` of prompts with completions."""
+    ends = [slice(-len(rollout.token_ids), None) for rollout in rollouts]
+    ids = np.concatenate([table[0][end] for table, end in zip(tables, ends, strict=True)])
+    logprobs = np.concatenate([table[1][end] for table, end in zip(tables, ends, strict=True)])
+    columns = {
+        "teacher_logprobs": logprobs[:, 0],
+        "modal_ids": ids[:, 1],
+        "teacher_modal_logprobs": logprobs[:, 1],
+        "teacher_unused_mass": np.full(len(ids), np.nan, dtype=np.float32),
+    }
+    if support_size:
+        is_excluded = np.isin(ids[:, 1:], excluded)
+        kept = 1 + np.argsort(is_excluded, axis=1, kind="stable")[:, :support_size]
+        columns["support_ids"] = np.take_along_axis(ids, kept, axis=1)
+        columns["support_logprobs"] = np.take_along_axis(logprobs, kept, axis=1)
+    return columns
 
 
 @torch.inference_mode()

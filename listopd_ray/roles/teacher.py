@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Teacher:
         tolerance: float = 1e-4,
     ) -> None:
         """The last three are for `backend: vllm`, `tolerance` (nats) as for `PromptScores`."""
+        teacher_path = os.fspath(teacher_path)
         self._config = config
         self._dtype, self._device = dtype, device
         self._bases: dict[StrPath, PreTrainedModel] = {}  # by path, the last one used at the end
