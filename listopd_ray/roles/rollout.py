@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from listopd_ray.config import RolloutConfig
+from listopd_ray.roles.packing import Packed, pack, unpack
 from listopd_ray.types import ListopdError, Prompt, Rollout, StrPath, Weights
 
 
@@ -34,6 +35,15 @@ class Generated:
     rollouts: tuple[Rollout, ...]  # in the order of the requests
     seconds: float
     attempt: int = 0  # how often its requests were made before
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        packed = pack(self.rollouts) if self.rollouts else None
+        return _generated, (packed, self.seconds, self.attempt)
+
+
+def _generated(packed: Packed | None, seconds: float, attempt: int) -> Generated:
+    rollouts = unpack(packed) if packed else ()
+    return Generated(rollouts=rollouts, seconds=seconds, attempt=attempt)
 
 
 class RolloutWorker:

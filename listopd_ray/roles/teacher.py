@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +15,7 @@ from listopd_ray.config import TeacherActorConfig
 from listopd_ray.models import end_ids, load_model, load_tokenizer
 from listopd_ray.roles.batching import Batch, collate_rollouts, micro_batches
 from listopd_ray.roles.hf_engine import generate
+from listopd_ray.roles.packing import Packed, pack, unpack
 from listopd_ray.roles.rollout import Generated, Request, make_rollout
 from listopd_ray.roles.scoring import (
     Columns,
@@ -37,6 +38,13 @@ ScoreBatch = Callable[[Sequence[Rollout], Batch, Places], Columns]
 class Scored:
     rollouts: tuple[ScoredRollout, ...]  # in the order of the rollouts
     seconds: float
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _scored, (pack(self.rollouts) if self.rollouts else None, self.seconds)
+
+
+def _scored(packed: Packed | None, seconds: float) -> Scored:
+    return Scored(rollouts=unpack(packed) if packed else (), seconds=seconds)
 
 
 class Teacher:
