@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -70,8 +71,8 @@ def ray_session() -> Iterator[None]:
 
 class Cluster:
     """One placement group with the rollout workers, the teachers (but for `teacher_path=None`), and
-    room for one learner. With `supervised` an actor that dies is replaced, as often as the
-    configuration allows."""
+    room for one learner, of one rank or several. With `supervised` an actor that dies is replaced,
+    as often as the configuration allows."""
 
     def __init__(
         self,
@@ -92,11 +93,14 @@ class Cluster:
         self._group = reserve(config, "the run (rollout, scoring, learner)", bundles, strategy)
         self._supervised = supervised
         self.faults = Faults(config.faults)
-        self._learner: Any = None
-        rollout, first_teacher = config.rollout, 1 + config.rollout.num_workers
+        self._learner: list[Any] = []  # its ranks
+        rollout, first_worker = config.rollout, config.learner.num_ranks
+        first_teacher = first_worker + rollout.num_workers
 
         def start_worker(index: int) -> Any:
-            return _spawn(RolloutWorker, self._group, 1 + index, _vllm_env(config)).remote(
+            return _spawn(
+                RolloutWorker, self._group, first_worker + index, _vllm_env(config)
+            ).remote(
                 rollout,
                 model_path=model_files(student_path),
                 dtype=config.learner.dtype,
@@ -125,20 +129,29 @@ class Cluster:
     ) -> LearnerHandle:
         """A fresh learner in place of the one before."""
 
-        def start() -> Any:
+        def start() -> list[Any]:
             self.stop_learner()
-            self._learner = _spawn(Learner, self._group, 0, _TORCH_ENV).remote(
-                config, student_path=model_files(student_path), canary_ids=canary_ids
-            )
-            _wait([self._learner.__ray_ready__.remote()], "learner")
+            place = _at(self._group, 0)
+            point = ray.get(ray.remote(_meeting_point).options(num_cpus=0, **place).remote())
+            self._learner = [
+                _spawn(Learner, self._group, rank, _TORCH_ENV).remote(
+                    config,
+                    student_path=model_files(student_path),
+                    canary_ids=canary_ids,
+                    rank=rank,
+                    meeting_point=point,
+                )
+                for rank in range(config.learner.num_ranks)
+            ]
+            _wait([rank.__ray_ready__.remote() for rank in self._learner], "learner")
             return self._learner
 
         return LearnerHandle(start(), self.faults, start if self._supervised else None)
 
     def stop_learner(self) -> None:
-        if self._learner is not None:
-            ray.kill(self._learner)
-            self._learner = None
+        for rank in self._learner:
+            ray.kill(rank)
+        self._learner = []
 
     @property
     def num_actors(self) -> int:
@@ -195,10 +208,8 @@ def _spawn(role: type, group: PlacementGroup, bundle: int, env: dict[str, str]) 
     return ray.remote(role).options(
         num_cpus=resources.get("CPU", 0),
         num_gpus=resources.get("GPU", 0),
-        scheduling_strategy=PlacementGroupSchedulingStrategy(
-            placement_group=group, placement_group_bundle_index=bundle
-        ),
         runtime_env={"env_vars": env},
+        **_at(group, bundle),
     )
 
 
@@ -208,6 +219,21 @@ def _scorers(
     """Name (None: the default) and checkpoint of every teacher actor."""
     named = [(None, teacher_path), *(teachers or {}).items()]
     return [pair for pair in named for _ in range(config.scoring.num_actors)]
+
+
+def _at(group: PlacementGroup, bundle: int) -> dict[str, Any]:
+    return {
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            placement_group=group, placement_group_bundle_index=bundle
+        )
+    }
+
+
+def _meeting_point() -> str:
+    """Where the learner's ranks meet: a free port of the machine that this runs on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
 
 def _spawn_teacher(

@@ -36,7 +36,9 @@ AT_LEAST_ONE = (
     "num_steps",
     "checkpoint.keep",
     "evaluation.num_prompts",
+    "learner.logits_mib",
     "learner.micro_batch_size",
+    "learner.num_ranks",
     "rollout.max_new_tokens",
     "rollout.max_num_seqs",
     "rollout.num_workers",
@@ -140,15 +142,31 @@ class TeacherActorConfig:
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    num_cpus: float = 1.0  # of the one learner
-    num_gpus: float = 0.0  # of the one learner
+    num_ranks: int = 1  # learner actors that share every update
+    sharding: Literal["none", "full"] = "none"  # none: each holds it all | full: a part (FSDP2)
+    num_cpus: float = 1.0  # each rank
+    num_gpus: float = 0.0  # each rank
     labels: dict[str, str] = field(default_factory=dict)  # of the machines it may be on
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of every role
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights, of every role
+    autocast: bool = False  # compute in bfloat16 over float32 weights; the head stays float32
+    gradient_checkpointing: bool = False  # recompute each layer's activations: less memory
     micro_batch_size: int = 64  # sequences at once
+    micro_batch_tokens: int = 0  # padded tokens at once; 0: no limit
+    logits_mib: int = 256  # MiB of float32 logits at once
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     weight_decay: float = 0.0  # decoupled
     max_grad_norm: float = 1.0  # gradients are scaled down to it
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in the place of full training (PEFT)."""
+
+    rank: int = 0  # 0: full training
+    alpha: float = 32.0  # the adapter counts alpha/rank times
+    target_modules: list[str] = field(default_factory=list)  # none: every linear layer of a block
+    peft: dict[str, Any] = field(default_factory=dict)  # passed on to peft.LoraConfig
 
 
 @dataclass(frozen=True)
@@ -231,7 +249,10 @@ class Config:
     prediction: str | None = None  # prediction.json of `listopd calibrate`
     extrapolation: Literal["plain", "bounded"] = "plain"  # plain | bounded
     delta: float = 0.5  # δ of the bounded form
-    ratio_clip: float = 0.2  # ε on learner/sampler
+    estimator: Literal["sampled", "topk"] = "sampled"  # topk: over scoring.support_size tokens
+    importance: Literal["clip", "truncate", "gate"] = "clip"  # of learner/sampler
+    ratio_clip: float = 0.2  # ε of clip: pessimistic beyond 1 ± ε
+    ratio_cap: float = 2.0  # of truncate: at most so much; of gate: none beyond it or its inverse
     max_staleness: int = 0  # 0: on-policy; 1: generate the next batch while the learner works
     num_prompts: int = 64  # an update
     group_size: int = 1  # samples per prompt
@@ -253,6 +274,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     scoring: TeacherActorConfig = field(default_factory=TeacherActorConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -279,6 +301,8 @@ NOT_NEGATIVE = (
     "evaluation.every",
     "evaluation.num_samples",
     "checkpoint.every",
+    "learner.micro_batch_tokens",
+    "lora.rank",
     "scoring.support_size",
     *(
         f"{role}.{key}"
@@ -393,6 +417,11 @@ def needs_base(config: Config) -> bool:
     return any(lam != 1.0 for lam in lams)
 
 
+def learner_scores_base(config: Config) -> bool:
+    """Whether the base is the student without its adapter: nobody else need hold a copy."""
+    return config.lora.rank > 0 and config.base.path is None and needs_base(config)
+
+
 def _first_line(error: OmegaConfBaseException) -> str:
     key = getattr(error, "full_key", None)
     message = str(error).splitlines()[0]
@@ -422,6 +451,16 @@ def _validate(config: Config) -> None:
     require(config.clip > 1, "clip", "c must be > 1 (.inf for no clip)")
     require(0 <= config.delta <= 1, "delta", "δ must lie in [0, 1]")
     require(config.ratio_clip > 0, "ratio_clip", "ε must be > 0")
+    require(1 < config.ratio_cap < math.inf, "ratio_cap", "must be finite and > 1")
+    has_support = config.estimator == "sampled" or config.scoring.support_size > 1
+    require(has_support, "scoring.support_size", "estimator=topk needs at least 2 tokens")
+    alpha = config.lora.alpha
+    require(math.isfinite(alpha) and alpha > 0, "lora.alpha", "must be finite and > 0")
+    for key in ("lora_dropout", "modules_to_save", "bias", "use_dora"):
+        rule = "no: neither engine nor merge can follow"
+        require(not config.lora.peft.get(key), f"lora.peft.{key}", rule)
+    is_float32 = config.learner.dtype == "float32"
+    require(is_float32 or not config.learner.autocast, "learner.autocast", "needs dtype=float32")
     bounded_without_clip = config.extrapolation == "bounded" and math.isinf(config.clip)
     require(not bounded_without_clip, "clip", "extrapolation=bounded needs a finite c")
     require(config.max_staleness in (0, 1), "max_staleness", "must be 0 or 1")

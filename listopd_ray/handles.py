@@ -7,6 +7,7 @@ with the actor, or the machine, that made it.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import GetTimeoutError
 
 from listopd_ray.checkpoint import Files, writing
 from listopd_ray.models import write_files
@@ -57,6 +59,10 @@ class Workers:
         parts = enumerate(pairwise(bounds))
         return [start(index, low, high) for index, (low, high) in parts if high > low]
 
+    def ready(self, works: list[Work], *, block: bool) -> list[int]:
+        """As `Team.ready`."""
+        return self._team.ready(works, block=block)
+
     def fetch(self, works: list[Work]) -> list[Generated]:
         """Wait for what `generate` started. What a worker that died had not finished is made again,
         with the same seeds, by one that has the current weights."""
@@ -85,67 +91,84 @@ class Workers:
 
 
 class LearnerHandle:
-    """The learner actor's verbs; each waits for its result.
+    """The learner's ranks as one: every call is made in all of them, rank 0 answers."""
 
-    Raises LearnerLost where it has died or hung: `restart` gives another, at the warm start.
-    """
-
-    def __init__(self, actor: Any, faults: Faults, spawn: Callable[[], Any] | None) -> None:
-        self._actor = actor
-        self._members = [actor]  # and those in its place since
+    def __init__(
+        self, ranks: Sequence[Any], faults: Faults, spawn: Callable[[], Sequence[Any]] | None
+    ) -> None:
+        """`spawn` starts new ranks in the place of all; None: a loss is final."""
+        self._ranks = list(ranks)
+        self._members = [*enumerate(ranks)]  # and those in their place since
         self._faults = faults
         self._spawn = spawn
 
     def members(self) -> list[tuple[str, Any]]:
         """As `Team.members`."""
-        return [("learner", actor) for actor in self._members]
+        several = len(self._ranks) > 1
+        return [(f"learner {n}" if several else "learner", actor) for n, actor in self._members]
 
     def step(self, scored: Sequence[Scored], lam: float, lr: float) -> dict[str, float]:
-        return self._wait(self._actor.step.remote(lam, lr, *scored))
+        if len(self._ranks) > 1:  # once into the object store, not once a rank
+            scored = [ray.put(part) for part in scored]
+        return self._call("step", lam, lr, *scored)
 
     def inspect(self) -> Inspection:
-        return self._wait(self._actor.inspect.remote())
+        return self._call("inspect")
 
     def check_scores(self, scored: Sequence[Scored]) -> dict[str, float]:
-        return self._wait(self._actor.check_scores.remote(*scored))
+        return self._call("check_scores", *scored)
 
     def publish_weights(self) -> Any:
         """A reference to `Weights`, owned by the driver: it outlives the learner."""
-        weights = self._actor.publish_weights.remote()
-        self._wait(self._actor.__ray_ready__.remote())  # calls are done in order
+        weights, *others = [rank.publish_weights.remote() for rank in self._ranks]
+        self._wait([*others, self._ranks[0].__ray_ready__.remote()])  # calls are done in order
         return weights
 
     def save(self, url: str) -> Files:
-        return self._wait(self._actor.save.remote(url))
+        return self._call("save", url)
 
     def restore(self, url: str, files: Files) -> None:
-        self._wait(self._actor.restore.remote(url, files))
+        self._call("restore", url, files)
 
     def export(self, directory: Path) -> None:
-        """Write the student as a Hugging Face directory of this machine."""
-        files = self._wait(self._actor.exported.remote())
+        """Write the student as a Hugging Face directory of this machine, and its adapter, where it
+        has one, as a PEFT directory in it."""
+        files = self._call("exported")
         with writing(str(directory)):
-            write_files(directory, files)
+            write_files(directory, files["student"])
+            if "adapter" in files:
+                write_files(directory / "adapter", files["adapter"])
 
     def restart(self, why: Exception) -> None:
-        """Another actor in the place of one that was lost; raises `why` where nobody may."""
+        """Others in the place of ranks of which one was lost; raises `why` where nobody may."""
         if self._spawn is None:
             raise why
         reason = str(why)
         while True:
             self._faults.spend("learner", reason.removeprefix("learner").lstrip(": "))
             try:
-                self._actor = self._spawn()
-                self._members.append(self._actor)
+                self._ranks = list(self._spawn())
+                self._members += enumerate(self._ranks)
                 return
             except StartFailed as error:  # on a machine that is about to be known as gone
                 reason = str(error)
 
-    def _wait(self, reference: Any) -> Any:
+    def _call(self, verb: str, *arguments: Any) -> Any:
+        return self._wait([getattr(rank, verb).remote(*arguments) for rank in self._ranks])[0]
+
+    def _wait(self, references: list[Any]) -> list[Any]:
+        """Of all ranks, whichever is lost or fails first: the others may be waiting for it."""
+        end, pending = time.monotonic() + self._faults.timeout_s, references
         try:
-            return ray.get(reference, timeout=self._faults.timeout_s)  # a step is not interrupted
+            while pending:  # a step is not interrupted
+                done, pending = ray.wait(pending, timeout=max(0.0, end - time.monotonic()))
+                if not done:
+                    raise GetTimeoutError(f"no answer in {self._faults.timeout_s:g} s")
+                ray.get(done)
+            return ray.get(references)
         except LOST as error:
-            ray.kill(self._actor)  # one that hangs must not finish its step later
+            for rank in self._ranks:  # one that hangs must not finish its step later
+                ray.kill(rank)
             raise LearnerLost(f"learner {why_lost(error)}") from error
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from listopd_ray import __version__
 from listopd_ray.cluster import Cluster, launch, serve
-from listopd_ray.config import CliffConfig, Config, run_directory
+from listopd_ray.config import CliffConfig, Config, learner_scores_base, run_directory
 from listopd_ray.evaluate import InChunks, chunk_size, evaluate
 from listopd_ray.gauges import Gauges
 from listopd_ray.handles import LearnerHandle, make_requests
@@ -180,7 +180,8 @@ def distill(
     with Gauges(config) as gauges, Run(config, hashes, gauges.show, *reports) as run:
         learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
         workers = cluster.workers.with_seed(config.seed)
-        scorer = cluster.teacher.with_base(prepared.base_path)
+        has_base = not learner_scores_base(config)
+        scorer = cluster.teacher.with_base(prepared.base_path if has_base else None)
         roles = workers, scorer, learner
         with traced(config, roles) as trace:
             results = Loop(config, prepared, *roles, run, cluster.faults, trace).run()

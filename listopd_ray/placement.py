@@ -33,8 +33,8 @@ class Bundle:
 
 
 def bundles_of(config: Config, *, with_teachers: bool = True) -> list[Bundle]:
-    """The learner, then rollout workers, then teachers."""
-    bundles = [_bundle("learner", config.learner)]
+    """The learner's ranks, then rollout workers, then teachers."""
+    bundles = [_bundle("learner", config.learner)] * config.learner.num_ranks
     bundles += [_bundle("rollout", config.rollout)] * config.rollout.num_workers
     return bundles + (teacher_bundles(config) if with_teachers else [])
 

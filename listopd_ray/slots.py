@@ -126,7 +126,7 @@ class SlotKeeper:
         engine = (lengths, config.sync) if config.scoring.backend == "vllm" else None
         teacher = (teachers, config.scoring, config.learner.dtype, config.device, engine)
         fixed = {name: value for name, value in arguments.items() if name != "student_path"}
-        learner = (bundles_of(config)[0], config.learner.dtype)
+        learner = (bundles_of(config)[0], config.learner.num_ranks, config.learner.dtype)
         wanted = (fixed, config.rollout, learner, config.sync, config.device)
         run = (config.out, config.name, config.seed)  # never twice at once
         with self._changed:

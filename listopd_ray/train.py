@@ -43,6 +43,8 @@ GATE_PROMPTS = 16
 
 
 class RolloutWorkers(Sampler, Protocol):
+    def ready(self, works: list[Any], *, block: bool) -> list[int]: ...
+
     def load_weights(self, weights: Any) -> float: ...
 
 
@@ -168,16 +170,16 @@ class Loop:
     def _update(self) -> dict[str, float]:
         config, self._start = self._config, time.perf_counter()
         batch = self._batch = self._batch or self._sample(self._step)
+        self._collect(batch, block=False)
         generated = self._fetch(batch)
         metrics = queue_metrics(batch, time.perf_counter())
-        scoring = self._teacher.score(generated)
         is_last = self._step + 1 == config.num_steps
         upcoming = self._sample(self._step + 1) if config.max_staleness and not is_last else None
         lam = self._steering.lam(self._step)
         lr = schedule_value(config.lr_schedule, config.lr, self._step, config.num_steps)
         metrics |= {"train/lam": lam, "train/lr": lr} | contract_metrics(generated, self._data.text)
         with self._span("wait for scores"):
-            scores = self._teacher.fetch(scoring)
+            scores = self._teacher.fetch(batch.scores())
         scored, dropped = admit(generated, scores, self._step, config.max_staleness)
         metrics |= fault_metrics(generated, dropped, config.faults.max_dropped)
         with self._span("learn"):
@@ -193,6 +195,8 @@ class Loop:
 
     def _finish(self, metrics: dict[str, float]) -> None:
         config, step, start = self._config, self._step, time.perf_counter()
+        if self._batch is not None:
+            self._collect(self._batch, block=False)
         metrics["sync/canary_max"] = self._sync()
         now = time.perf_counter()
         metrics |= {"time/sync_s": now - start, "time/step_s": now - self._start}
@@ -222,7 +226,9 @@ class Loop:
         self._kept = (self._step, self._unfinished is None) if state is not self._fresh else None
         in_flight = from_json(state["in_flight"], self._data.train.prompts)
         self._batch = (
-            Batch(state["prompts"], state["prompts"], [], in_flight) if in_flight else None
+            Batch(state["prompts"], state["prompts"], [], dict(enumerate(in_flight)))
+            if in_flight
+            else None
         )
         self._ledger.begin(self._step)
         self._bar.update(self._step - self._bar.n)
@@ -273,10 +279,20 @@ class Loop:
         return Batch(before, self._prompts.state(), works, asked=asked)
 
     def _fetch(self, batch: Batch) -> list[Generated]:
-        if not batch.generated:
-            with self._span("wait for rollouts"):
-                batch.generated = self._workers.fetch(batch.works)
-        return batch.generated
+        with self._span("wait for rollouts"):
+            while len(batch.parts) < len(batch.works):
+                self._collect(batch, block=True)
+        return [batch.parts[number] for number in sorted(batch.parts)]
+
+    def _collect(self, batch: Batch, *, block: bool) -> None:
+        """Take in the parts that are sampled, with `block` at least one of those that are not in
+        yet; the teacher gets each at once."""
+        left = [number for number in range(len(batch.works)) if number not in batch.parts]
+        works = [batch.works[number] for number in left]
+        for position in self._workers.ready(works, block=block) if works else []:
+            (batch.parts[left[position]],) = self._workers.fetch([works[position]])
+        for number in sorted(set(batch.parts) - set(batch.scoring)):
+            batch.scoring[number] = self._teacher.score([batch.parts[number]])
 
     def _assess(self) -> tuple[dict[str, Any], dict[str, float]]:
         data, num_prompts = self._data, self._config.evaluation.num_prompts
@@ -289,13 +305,18 @@ class Loop:
 
 @dataclass
 class Batch:
-    """The samples of one update."""
+    """The samples of one update, in parts: a worker's share each."""
 
     before: dict[str, Any]  # state of the prompt stream before its prompts were taken
     after: dict[str, Any]
-    works: list[Any]  # under way
-    generated: list[Generated] = field(default_factory=list)  # once they are done
+    works: list[Any]  # what samples each part; none for a batch out of a checkpoint
+    parts: dict[int, Generated] = field(default_factory=dict)  # by number, once they are done
+    scoring: dict[int, list[Any]] = field(default_factory=dict)  # what scores each part
     asked: float | None = None  # s, when they were; None: by a process before, another clock
+
+    def scores(self) -> list[Any]:
+        """What scores all parts, in their order."""
+        return [work for number in sorted(self.scoring) for work in self.scoring[number]]
 
 
 def queue_metrics(batch: Batch, now: float) -> dict[str, float]:
@@ -303,7 +324,7 @@ def queue_metrics(batch: Batch, now: float) -> dict[str, float]:
     after. Nothing for a batch out of a checkpoint: it lay there while nobody ran."""
     if batch.asked is None:
         return {}
-    seconds = max(part.seconds for part in batch.generated)
+    seconds = max(part.seconds for part in batch.parts.values())
     return {"time/queue_wait_s": max(0.0, now - batch.asked - seconds)}
 
 

@@ -103,6 +103,9 @@ class FakeWorkers:
         parts = [part for part in (rollouts[:half], rollouts[half:]) if part]
         return [Reference(Generated(rollouts=tuple(part), seconds=0.0)) for part in parts]
 
+    def ready(self, works, *, block):
+        return list(range(len(works)))
+
     def fetch(self, works):
         return [reference.value for reference in works]
 

@@ -60,11 +60,16 @@ def completion_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return torch.log_softmax(logits.float(), dim=-1)
 
 
-def micro_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in groups of at most `size`, of like length, longest first: little padding."""
+def micro_batches(lengths: Sequence[int], size: int, max_tokens: int = 0) -> Iterator[list[int]]:
+    """Indices in groups of at most `size`, of like length, longest first: little padding.
+
+    With `max_tokens` a group, padded, has no more tokens than that; a longer sequence is alone.
+    """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    while order:
+        fits = max(1, min(size, max_tokens // lengths[order[0]])) if max_tokens else size
+        yield order[:fits]
+        order = order[fits:]
 
 
 def gather(logprobs: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

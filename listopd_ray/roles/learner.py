@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -14,27 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from listopd_ray.checkpoint import CorruptCheckpoint, Files, digests, fetched, staged
-from listopd_ray.config import Config
-from listopd_ray.models import load_model, load_tokenizer, read_files
-from listopd_ray.roles.batching import (
-    collate,
-    collate_rollouts,
-    completion_logprobs,
-    gather,
-    micro_batches,
-)
-from listopd_ray.roles.losses import opd_advantages, opd_loss
+from listopd_ray.config import Config, learner_scores_base
+from listopd_ray.models import read_files
+from listopd_ray.roles.batching import collate, collate_rollouts, micro_batches
+from listopd_ray.roles.losses import TokenScores, Update
+from listopd_ray.roles.ranks import Ranks, fill, whole
+from listopd_ray.roles.student import Student
 from listopd_ray.roles.teacher import Scored
-from listopd_ray.roles.weights import export_tensors
-from listopd_ray.types import (
-    CONTRACT_CLASSES,
-    Histogram,
-    Inspection,
-    ListopdError,
-    ScoredRollout,
-    StrPath,
-    Weights,
-)
+from listopd_ray.roles.update_metrics import update_metrics
+from listopd_ray.roles.weights import to_numpy
+from listopd_ray.types import Histogram, Inspection, ListopdError, ScoredRollout, StrPath, Weights
 
 # Per-token columns of a batch, and the fields of `ScoredRollout` they come from.
 SCORES = {
@@ -48,22 +38,34 @@ BASE_SCORES = {
     "base_modal": "base_modal_logprobs",
     "base_unused": "base_unused_mass",
 }
+SUPPORT = {"teacher_support": "support_logprobs", "base_support": "base_support_logprobs"}
 LOG_RATIO_EDGES = np.linspace(-math.log(4), math.log(4), 42)  # the bin in the middle is around 0
 
 
 class Learner:
-    """Owns the trained student and its AdamW state. `policy_version` counts its updates."""
+    """Owns the trained student and its AdamW state. `policy_version` counts its updates.
 
-    def __init__(self, config: Config, *, student_path: StrPath, canary_ids: np.ndarray) -> None:
+    One of `ranks`, perhaps: then all are called alike with the same arguments, each takes its share
+    of a batch, and what rank 0 returns is true of the whole.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        student_path: StrPath,
+        canary_ids: np.ndarray,
+        rank: int = 0,
+        meeting_point: str = "",
+    ) -> None:
+        """`meeting_point`: of the ranks, see `Ranks.join`."""
         self._config = config
         self._device = config.device
-        self._dtype = config.learner.dtype
-        # Evaluation mode: dropout would make the learner another policy than the sampler's.
-        self._model = load_model(student_path, dtype=self._dtype, device=self._device).eval()
-        self._tokenizer = load_tokenizer(student_path)
+        self._ranks = Ranks.join(rank, config.learner.num_ranks, meeting_point, config.device)
+        self._student = Student(student_path, config, self._ranks)
         self._canary_ids = canary_ids
         self._optimizer = torch.optim.AdamW(
-            self._model.parameters(),
+            self._student.trained(),
             lr=config.lr,
             betas=(config.learner.beta1, config.learner.beta2),
             weight_decay=config.learner.weight_decay,
@@ -81,28 +83,35 @@ class Learner:
         """
         start = time.perf_counter()
         rollouts = [rollout for part in scored for rollout in part.rollouts]
+        self._check_finite(rollouts)  # in every rank alike: none is left waiting
         num_tokens = sum(len(r.rollout.token_ids) for r in rollouts)
-        lengths = [len(r.rollout.prompt.token_ids) + len(r.rollout.token_ids) for r in rollouts]
-        parts, order = [], list[int]()
         self._optimizer.zero_grad(set_to_none=True)
-        for group in micro_batches(lengths, self._config.learner.micro_batch_size):
-            order += group
-            loss, columns = self._loss([rollouts[index] for index in group], lam, num_tokens)
-            loss.backward()
-            parts.append(columns)
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            self._model.parameters(), self._config.learner.max_grad_norm
+        parts, order = [], list[int]()
+        for group in self._groups(rollouts):
+            # Sharded ranks wait for each other in every pass: one with nothing left counts nothing.
+            loss, columns = self._loss([rollouts[i] for i in group or [0]], lam, num_tokens)
+            (loss if group else loss * 0.0).backward()
+            if group:
+                order += group
+                parts.append(columns)
+        self._student.finish_gradients()
+        grad_norm = whole(
+            torch.nn.utils.clip_grad_norm_(
+                self._student.trained(), self._config.learner.max_grad_norm
+            )
         ).item()
         for group_options in self._optimizer.param_groups:
             group_options["lr"] = lr
-        loss_sum = sum(part["loss"].item() for part in parts)
-        skipped = not (math.isfinite(grad_norm) and math.isfinite(loss_sum))
+        gathered = self._ranks.gathered((order, parts))
+        order = [index for indices, _ in gathered for index in indices]
+        parts = [columns for _, of_rank in gathered for columns in of_rank]
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        skipped = not (math.isfinite(grad_norm) and math.isfinite(columns["loss"].sum()))
         if not skipped:
             self._optimizer.step()
         staleness = [self.policy_version - r.rollout.policy_version for r in rollouts]
         self.policy_version += 1
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        measured = _metrics(columns, self._config.clip) | {"loss/grad_norm": grad_norm}
+        measured = update_metrics(columns, self._config.clip) | {"loss/grad_norm": grad_norm}
         ends = np.cumsum([len(rollouts[index].rollout.token_ids) for index in order])
         self._last = {
             "advantages": dict(zip(order, np.split(columns["advantage"], ends[:-1]), strict=True)),
@@ -143,6 +152,7 @@ class Learner:
             },
         )
 
+    @torch.no_grad()
     def check_scores(self, *scored: Scored) -> dict[str, float]:
         """The start-up gate: `scored` holds rollouts of the untrained student, scored with the
         student in the teacher's place.
@@ -153,13 +163,12 @@ class Learner:
         """
         rollouts = [rollout for part in scored for rollout in part.rollouts]
         batch = collate_rollouts([r.rollout for r in rollouts], self._device)
-        with torch.inference_mode():
-            learner = gather(completion_logprobs(self._model, batch), batch.token_ids).cpu().numpy()
+        learner = self._student.logprobs(batch, batch.token_ids[:, None])[:, 0].cpu().numpy()
         sampler = np.concatenate([r.rollout.sampler_logprobs for r in rollouts])
         metrics = {}
         for role, logprobs in (
             ("rollout", sampler),
-            ("teacher", _concatenate(rollouts, "teacher_logprobs")),
+            ("teacher", _joined(rollouts, "teacher_logprobs")),
         ):
             metrics[f"gate/{role}_max"] = largest = float(np.abs(logprobs - learner).max())
             if not largest <= self._config.sync.tolerance:  # NaN fails too
@@ -170,27 +179,34 @@ class Learner:
                 )
         return metrics
 
-    @torch.inference_mode()
-    def publish_weights(self) -> Weights:
+    @torch.no_grad()
+    def publish_weights(self) -> Weights | None:
+        """The weights for the rollout workers, from rank 0."""
         batch = collate([self._canary_ids[:1]], [self._canary_ids[1:]], self._device)
-        canary = gather(completion_logprobs(self._model, batch), batch.token_ids)
+        canary = self._student.logprobs(batch, batch.token_ids[:, None])[:, 0]
+        is_first, tensors = self._ranks.rank == 0, dict[str, np.ndarray]()
+        for name, tensor in self._student.tensors():
+            if is_first:
+                tensors[name] = to_numpy(tensor.to("cpu", copy=True))
+        if not is_first:
+            return None
         return Weights(
             policy_version=self.policy_version,
-            tensors=export_tensors(self._model, getattr(torch, self._dtype)),
-            dtype=self._dtype,
+            tensors=tensors,
+            dtype=self._config.learner.dtype,
             canary_ids=self._canary_ids,
             canary_logprobs=canary.cpu().numpy(),
         )
 
-    def save(self, url: str) -> Files:
-        """Weights, optimizer state and version; the digests of the files. There is no other state:
-        a sample's noise is seeded by its name, and nothing here draws any."""
+    def save(self, url: str) -> Files | None:
+        """Weights, optimizer and version; the digests of the files, from rank 0. There is no other
+        state: a sample's noise is seeded by its name, and nothing here draws any."""
+        weights, optimizer = self._student.state(), self._optimizer_state()
+        if self._ranks.rank:
+            return None
         with staged(url) as directory:
-            self.export(str(directory / "student"))
-            state: dict[str, torch.Tensor] = {}
-            for index, slots in self._optimizer.state_dict()["state"].items():
-                state |= {f"{index}.{slot}": value for slot, value in slots.items()}
-            save_file(state, directory / "optimizer.safetensors")
+            self._student.write_state(directory, weights)
+            save_file(optimizer, directory / "optimizer.safetensors")
             version = json.dumps({"policy_version": self.policy_version})
             (directory / "learner.json").write_text(version)
             return digests(directory)
@@ -200,73 +216,119 @@ class Learner:
         is not what it was."""
         with fetched(url, files) as directory:
             try:
-                saved = load_model(directory / "student", dtype=self._dtype, device=self._device)
+                self._student.restore(directory)
             except ListopdError as error:  # written as it is, and yet no model
                 raise CorruptCheckpoint(str(error)) from None
-            self._model.load_state_dict(saved.state_dict())
-            slots: dict[int, dict[str, torch.Tensor]] = {}
-            for name, value in load_file(directory / "optimizer.safetensors").items():
-                index, slot = name.split(".")
-                slots.setdefault(int(index), {})[slot] = value
-            groups = self._optimizer.state_dict()["param_groups"]
-            self._optimizer.load_state_dict({"state": slots, "param_groups": groups})
+            self._restore_optimizer(load_file(directory / "optimizer.safetensors"))
             learner = json.loads((directory / "learner.json").read_text())
             self.policy_version = learner["policy_version"]
 
-    def export(self, directory: str) -> None:
-        """The student as a Hugging Face directory."""
-        self._model.save_pretrained(directory)
-        self._tokenizer.save_pretrained(directory)
-
-    def exported(self) -> dict[str, bytes]:
-        """The files of `export`, for another machine."""
+    def exported(self) -> dict[str, dict[str, bytes]] | None:
+        """The student as the files of a Hugging Face directory ("student") and, where it has one,
+        its adapter as those of a PEFT directory ("adapter"), for another machine; from rank 0."""
+        student = self._student
+        weights, adapter = student.weights(), student.adapter() if student.has_adapter else None
+        if self._ranks.rank:
+            return None
         with TemporaryDirectory() as directory:
-            self.export(directory)
-            return read_files(directory)
+            student.write(Path(directory, "student"), weights)
+            if adapter is not None:
+                student.write_adapter(Path(directory, "adapter"), adapter)
+            return {path.name: read_files(str(path)) for path in Path(directory).iterdir()}
+
+    def _optimizer_state(self) -> dict[str, torch.Tensor]:
+        """Whole, in every rank, by number of the parameter and name of the slot."""
+        return {
+            f"{index}.{slot}": whole(value).cpu()
+            for index, slots in self._optimizer.state_dict()["state"].items()
+            for slot, value in slots.items()
+        }
+
+    def _restore_optimizer(self, saved: dict[str, torch.Tensor]) -> None:
+        slots: dict[int, dict[str, torch.Tensor]] = {}
+        parameters = self._student.trained()
+        for name, value in saved.items():
+            index, slot = name.split(".")
+            if value.dim():  # of a parameter, and spread over the ranks as it is
+                kept = torch.zeros_like(parameters[int(index)])
+                fill(kept, value)
+                value = kept
+            slots.setdefault(int(index), {})[slot] = value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": slots, "param_groups": groups})
+
+    def _groups(self, rollouts: Sequence[ScoredRollout]) -> list[list[int]]:
+        """This rank's micro-batches, indices into `rollouts`: of like length, and as many as every
+        other rank has; an empty one where it has fewer."""
+        lengths = [len(r.rollout.prompt.token_ids) + len(r.rollout.token_ids) for r in rollouts]
+        order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+        config, count = self._config.learner, self._ranks.count
+        split = []
+        for rank in range(count):
+            share = order[rank::count]
+            groups = micro_batches(
+                [lengths[i] for i in share], config.micro_batch_size, config.micro_batch_tokens
+            )
+            split.append([[share[position] for position in group] for group in groups])
+        rounds = max(map(len, split))
+        mine = split[self._ranks.rank]
+        return mine + [[]] * (rounds - len(mine))
 
     def _loss(
         self, rollouts: Sequence[ScoredRollout], lam: float, num_tokens: int
     ) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
         """The micro-batch's share of the loss, and per-token columns [n] for the metrics."""
         batch = collate_rollouts([r.rollout for r in rollouts], self._device)
-        columns = {name: _concatenate(rollouts, field) for name, field in SCORES.items()}
+        columns = _columns(rollouts, SCORES | BASE_SCORES)
         columns["sampler"] = np.concatenate([r.rollout.sampler_logprobs for r in rollouts])
-        if rollouts[0].base_logprobs is not None:
-            columns |= {name: _concatenate(rollouts, field) for name, field in BASE_SCORES.items()}
-        for name in ("teacher", "sampler", "base", "teacher_modal", "base_modal"):
-            if name in columns and not np.isfinite(columns[name]).all():  # `admit` let it through
-                raise ListopdError(f"update {self.policy_version}: {name} scores are not finite")
-        on_device = {
-            name: torch.from_numpy(columns[name]).to(self._device)
-            for name in ("teacher", "sampler", "base")
-            if name in columns
-        }
-        logprobs = completion_logprobs(self._model, batch)
-        learner = gather(logprobs, batch.token_ids)
-        advantages = opd_advantages(
-            learner,
-            on_device["teacher"],
-            on_device.get("base"),
-            lam=lam,
-            clip=self._config.clip,
-            extrapolation=self._config.extrapolation,
-            delta=self._config.delta,
+        support = {}
+        asked = [batch.token_ids[:, None], self._on_device(_joined(rollouts, "modal_ids")[:, None])]
+        if self._config.estimator == "topk":
+            support = _columns(rollouts, SUPPORT)
+            asked.append(self._on_device(_joined(rollouts, "support_ids")))
+        ids = torch.cat([part.long() for part in asked], dim=1)
+        logprobs = self._student.logprobs(batch, ids)
+        if learner_scores_base(self._config):
+            base = self._student.base_logprobs(batch, ids).cpu().numpy()
+            columns |= {"base": base[:, 0], "base_modal": base[:, 1]}
+            support |= {"base_support": base[:, 2:]} if support else {}
+        given = {name: columns[name] for name in ("teacher", "sampler", "base") if name in columns}
+        scores = TokenScores(
+            learner=logprobs[:, 0],
+            learner_support=logprobs[:, 2:] if support else None,
+            **{name: self._on_device(column) for name, column in (given | support).items()},
         )
-        loss = opd_loss(
-            learner,
-            on_device["sampler"],
-            advantages,
-            ratio_clip=self._config.ratio_clip,
-            num_tokens=num_tokens,
-        )
-        modal_ids = torch.from_numpy(np.concatenate([r.modal_ids for r in rollouts]))
-        student_modal = gather(logprobs.detach(), modal_ids.long().to(self._device))
-        columns["learner"] = learner.detach().cpu().numpy()
+        loss, advantages = self._update(lam).loss(scores, num_tokens)
+        columns["learner"] = logprobs[:, 0].detach().cpu().numpy()
         columns["advantage"] = advantages.cpu().numpy()
-        columns["student_modal"] = student_modal.cpu().numpy()
+        columns["student_modal"] = logprobs[:, 1].detach().cpu().numpy()
         columns["is_first_id"] = np.concatenate([_first_id(r) for r in rollouts])
         columns["loss"] = np.full(1, loss.item(), dtype=np.float64)
         return loss, columns
+
+    def _update(self, lam: float) -> Update:
+        config = self._config
+        return Update(
+            lam=lam,
+            clip=config.clip,
+            extrapolation=config.extrapolation,
+            delta=config.delta,
+            estimator=config.estimator,
+            importance=config.importance,
+            ratio_clip=config.ratio_clip,
+            ratio_cap=config.ratio_cap,
+        )
+
+    def _on_device(self, column: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(column).to(self._device)
+
+    def _check_finite(self, rollouts: Sequence[ScoredRollout]) -> None:
+        """Raises ListopdError where `admit` let a score through that is not."""
+        columns = _columns(rollouts, SCORES | BASE_SCORES | SUPPORT)
+        columns["sampler"] = np.concatenate([r.rollout.sampler_logprobs for r in rollouts])
+        for name in ("teacher", "sampler", "base", "teacher_modal", "base_modal", *SUPPORT):
+            if name in columns and not np.isfinite(columns[name]).all():
+                raise ListopdError(f"update {self.policy_version}: {name} scores are not finite")
 
 
 def _first_id(rollout: ScoredRollout) -> np.ndarray:
@@ -275,59 +337,16 @@ def _first_id(rollout: ScoredRollout) -> np.ndarray:
     return is_due & (np.cumsum(is_due) == 1)
 
 
-def _concatenate(rollouts: Sequence[ScoredRollout], field: str) -> np.ndarray:
-    return np.concatenate([getattr(rollout, field) for rollout in rollouts])
-
-
-def _metrics(columns: dict[str, np.ndarray], clip: float) -> dict[str, float]:
-    """Scalars of one update from its per-token columns."""
-    gap = columns["teacher"] - columns["learner"]
-    mismatch = columns["learner"] - columns["sampler"]
-    ratio = np.exp(mismatch)
-    metrics: dict[str, Any] = {
-        "loss/policy": columns["loss"].sum(),
-        "loss/advantage": columns["advantage"].mean(),
-        "kl/reverse": -gap.mean(),
-        "kl/mismatch": -mismatch.mean(),
-        "kl/mismatch_max": np.abs(mismatch).max(),
-        "loss/clip_fraction": (np.abs(gap) >= math.log(clip)).mean(),
-        "loss/importance_ratio_max": ratio.max(),
-        "loss/effective_sample_size": _effective_sample_size(ratio),
+def _columns(rollouts: Sequence[ScoredRollout], fields: dict[str, str]) -> dict[str, np.ndarray]:
+    """Fields of all rollouts end to end, by column name; those that nobody has scored are left
+    out."""
+    first = rollouts[0]
+    return {
+        name: _joined(rollouts, field)
+        for name, field in fields.items()
+        if getattr(first, field) is not None
     }
-    metrics |= _class_metrics(columns, gap, ratio, math.log(clip))
-    return {name: float(value) for name, value in metrics.items()}
 
 
-def _class_metrics(
-    columns: dict[str, np.ndarray], gap: np.ndarray, ratio: np.ndarray, bound: float
-) -> dict[str, Any]:
-    """By contract class: reverse KL, clipping (of `gap`, log π_T − log π_θ, to ±`bound`), sample
-    size, and p, b and q, the masses on the teacher's modal token; and what `threshold.escape`
-    takes."""
-    metrics: dict[str, Any] = {}
-    owners = {"teacher": "teacher_modal", "base": "base_modal", "student": "student_modal"}
-    for token_class in CONTRACT_CLASSES:
-        where = columns["token_class"] == token_class
-        if not where.any():
-            continue
-        name = token_class.name.lower()
-        metrics[f"kl/reverse_{name}"] = -gap[where].mean()
-        metrics[f"loss/clip_fraction_{name}"] = (np.abs(gap[where]) >= bound).mean()
-        metrics[f"loss/effective_sample_size_{name}"] = _effective_sample_size(ratio[where])
-        for owner, column in owners.items():
-            if column in columns:
-                metrics[f"cliff/{owner}_mass_{name}"] = np.exp(columns[column][where]).mean()
-    first = columns["is_first_id"]
-    if "base" in columns and first.any():
-        metrics["cliff/first_log_ratio"] = (columns["teacher"] - columns["base"])[first].mean()
-        metrics["cliff/first_clipped_log_ratio"] = gap[first].clip(-bound, bound).mean()
-    for owner in ("teacher", "base"):
-        unused = columns.get(f"{owner}_unused")
-        if unused is not None and not np.isnan(unused).all():
-            metrics[f"cliff/{owner}_unused_mass"] = np.nanmean(unused)
-    return metrics
-
-
-def _effective_sample_size(ratio: np.ndarray) -> float:
-    """(Σ r)² / Σ r², as a share of the number of tokens."""
-    return ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum())
+def _joined(rollouts: Sequence[ScoredRollout], field: str) -> np.ndarray:
+    return np.concatenate([getattr(rollout, field) for rollout in rollouts])

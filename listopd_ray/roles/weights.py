@@ -22,7 +22,7 @@ def export_tensors(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, np.n
     head = model.get_output_embeddings().weight
     if model.config.tie_word_embeddings:
         tensors["lm_head.weight"] = head.detach().to("cpu", dtype, copy=True)
-    return {name: _to_numpy(tensor) for name, tensor in tensors.items()}
+    return {name: to_numpy(tensor) for name, tensor in tensors.items()}
 
 
 def torch_tensors(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -34,5 +34,5 @@ def torch_tensors(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor.view(torch.bfloat16) if weights.dtype == "bfloat16" else tensor
 
 
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

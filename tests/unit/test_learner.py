@@ -9,7 +9,8 @@ from oracles import prefix_logprobs
 
 from listopd_ray.checkpoint import CorruptCheckpoint
 from listopd_ray.config import Config, LearnerConfig, RolloutConfig, TeacherActorConfig
-from listopd_ray.roles import learner as learner_module
+from listopd_ray.models import write_files
+from listopd_ray.roles import losses
 from listopd_ray.roles.learner import Learner
 from listopd_ray.roles.rollout import Generated, Request, RolloutWorker
 from listopd_ray.roles.teacher import Scored, Teacher
@@ -77,7 +78,7 @@ def same_bits(left, right):
 
 
 def gradients(learner):
-    return torch.cat([p.grad.flatten() for p in learner._model.parameters()])
+    return torch.cat([p.grad.flatten() for p in learner._student.trained()])
 
 
 def without_timing(metrics):
@@ -235,8 +236,8 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped(make_learner, scored,
         either.step(1.5, LR, scored)
     before = weights_of(learner)
     with monkeypatch.context() as patch:
-        loss = learner_module.opd_loss
-        patch.setattr(learner_module, "opd_loss", lambda *a, **k: math.nan * loss(*a, **k))
+        loss = losses.opd_loss
+        patch.setattr(losses, "opd_loss", lambda *a, **k: math.nan * loss(*a, **k))
         metrics = learner.step(1.5, LR, scored)
     assert metrics["train/skipped"] == 1.0
     assert all(math.isfinite(value) for value in metrics.values())
@@ -442,7 +443,7 @@ def test_a_worker_refuses_weights_whose_canary_differs_and_serves_no_more(
 def test_export_writes_a_checkpoint_of_the_trained_student(make_learner, scored, tmp_path):
     learner = make_learner()
     learner.step(1.0, LR, scored)
-    learner.export(str(tmp_path / "student"))
+    write_files(tmp_path / "student", learner.exported()["student"])
     assert same_bits(weights_of(learner), weights_of(make_learner(path=tmp_path / "student")))
 
 
