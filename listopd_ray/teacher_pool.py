@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 from listopd_ray.model_files import ModelFiles, model_files
 from listopd_ray.roles.rollout import Generated, Request
@@ -120,9 +119,8 @@ class TeacherPool:
     def _load(self) -> list[int]:
         """Tokens that each actor has still to score."""
         if self._busy:
-            references = [work.reference for work, _ in self._busy]
-            _, left = ray.wait(references, num_returns=len(references), timeout=0)
-            self._busy = [pair for pair in self._busy if pair[0].reference in left]
+            done = self._team.ready([work for work, _ in self._busy], block=False)
+            self._busy = [pair for n, pair in enumerate(self._busy) if n not in done]
         load = [0] * len(self._names)
         for work, num_tokens in self._busy:
             load[work.index] += num_tokens

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from listopd_ray.config import TeacherActorConfig
 from listopd_ray.roles.batching import Batch
+from listopd_ray.roles.head import hidden_states, logits_by_chunk
 from listopd_ray.task.contract import IdTokens, TokenText, scan
 from listopd_ray.types import Rollout, ScoredRollout, TokenClass
 
-LOGITS_BYTES = 256 << 20  # of float32 logits at once: N × V of a large vocabulary are gigabytes
+LOGITS_MIB = 256  # of float32 logits at once: N × V of a large vocabulary are gigabytes
 
 Columns = dict[str, np.ndarray]
 
@@ -148,13 +149,10 @@ def split_columns(rollouts: Sequence[Rollout], columns: Columns) -> list[ScoredR
 
 
 def _chunks(model: PreTrainedModel, batch: Batch) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Float32 logits [n, V] at the positions that predict the completion tokens, a few at a time,
-    to be changed at will. The head runs at those positions only."""
-    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    hidden, head = hidden[batch.rows, batch.columns], model.get_output_embeddings()
-    size = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
-    for start in range(0, len(hidden), size):
-        yield slice(start, start + size), head(hidden[start : start + size]).float()
+    """Float32 logits [n, V] at the positions that predict the completion tokens, to be changed at
+    will. The head runs at those positions only."""
+    weight = model.get_output_embeddings().weight
+    return logits_by_chunk(hidden_states(model, batch), weight, LOGITS_MIB)
 
 
 def _starts(

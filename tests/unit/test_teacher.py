@@ -10,7 +10,7 @@ import torch
 
 from listopd_ray.config import TeacherActorConfig
 from listopd_ray.models import load_model
-from listopd_ray.roles import scoring
+from listopd_ray.roles import head, scoring
 from listopd_ray.roles.hf_engine import HfEngine
 from listopd_ray.roles.prompt_scores import best_columns
 from listopd_ray.roles.rollout import Generated, Request, _table
@@ -130,14 +130,18 @@ def test_a_support_larger_than_the_vocabulary_is_one_clear_line(make_teacher, to
 def test_the_vocabulary_is_never_held_for_more_tokens_than_fit(
     make_teacher, base_path, scored, rollouts, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr(scoring, "LOGITS_BYTES", 4 * len(tokenizer) * 3 + 1)  # three tokens
+    sizes = []
+
+    def three_at_once(*arguments):
+        for chunk, logits in head.logits_by_chunk(*arguments):
+            sizes.append(logits.numel())
+            yield chunk, logits
+
+    monkeypatch.setattr(scoring, "LOGITS_MIB", 4 * 3.5 * len(tokenizer) / head.MIB)
+    monkeypatch.setattr(scoring, "logits_by_chunk", three_at_once)
     teacher = make_teacher(micro_batch_size=3, support_size=4)
-    most = []
-    head = teacher._teacher.get_output_embeddings()
-    hook = head.register_forward_hook(lambda _, given, logits: most.append(logits.shape[0]))
     chunked = teacher.score(Generated(rollouts=rollouts, seconds=0.0), str(base_path)).rollouts
-    hook.remove()
-    assert max(most) == 3
+    assert max(sizes) == 3 * len(tokenizer)
     for part, whole in zip(chunked, scored, strict=True):
         for field in dataclasses.fields(part):
             if field.name != "rollout":

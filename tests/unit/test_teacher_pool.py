@@ -7,7 +7,7 @@ import pytest
 from fakes import make_rollout, make_scored
 from ray.exceptions import ActorDiedError
 
-from listopd_ray import supervision, teacher_pool, team
+from listopd_ray import supervision, team
 from listopd_ray.config import FaultsConfig
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.roles.teacher import Scored
@@ -56,7 +56,7 @@ def no_cluster(monkeypatch):
             raise reference.value
         return reference.value
 
-    monkeypatch.setattr(teacher_pool.ray, "wait", wait)
+    monkeypatch.setattr(team.ray, "wait", wait)
     monkeypatch.setattr(team, "wait", get)
     monkeypatch.setattr(team.ray, "kill", lambda actor: None)
     monkeypatch.setattr(supervision, "pause", lambda seconds: None)
