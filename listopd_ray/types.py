@@ -8,10 +8,9 @@ and all completion tokens before it.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -57,6 +56,7 @@ class Example:
     query: str
     items: tuple[Item, ...]
     relevance: tuple[float, ...]  # [K] gains, ≥ 0, in the order of `items`
+    teacher: str | None = None  # name of the teacher that scores it; None: the default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,6 +66,7 @@ class Prompt:
     id: str  # of the example
     token_ids: np.ndarray  # [P] int32
     num_items: int  # K
+    teacher: str | None = None  # as of the example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -86,7 +87,9 @@ class ScoredRollout:
 
     The base fields are None where no base model was loaded. `*_unused_mass` is the probability of
     any item id not used yet (the part of the contract that forbids repeats): NaN but where the
-    first token of an id is due.
+    first token of an id is due. The teacher's is NaN throughout with `scoring.backend: vllm`, which
+    tells only the most likely tokens. The support leaves out special tokens but for those that end
+    a completion.
     """
 
     rollout: Rollout
@@ -100,7 +103,7 @@ class ScoredRollout:
     base_unused_mass: np.ndarray | None  # [T] float32
     support_ids: np.ndarray | None = None  # [T, S] int32, the teacher's S most likely tokens
     support_logprobs: np.ndarray | None = None  # [T, S] float32, teacher
-    base_support_logprobs: np.ndarray | None = None  # [T, S] float32, base on the same tokens
+    base_support_logprobs: np.ndarray | None = None  # [T, S] float32, base on `support_ids`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -182,40 +185,3 @@ class Evaluation:
     num_prompts: int
     num_without_relevance: int  # left out of NDCG and τ: every item has relevance 0
     reasons: dict[str, int] = field(default_factory=dict)  # unparsed outputs by reason
-
-
-Packed = tuple[type, dict[str, Any]] | None
-
-
-def packed(values: Sequence[Any]) -> Packed:
-    """Instances of one dataclass column by column, their arrays end to end, for pickling: hundreds
-    of short arrays take milliseconds on every hop from process to process, a few long ones none."""
-    if not values:
-        return None
-    columns: dict[str, Any] = {}
-    for name in (each.name for each in fields(values[0])):
-        column = [getattr(value, name) for value in values]
-        if all(isinstance(value, np.ndarray) for value in column):
-            ends = np.cumsum([len(value) for value in column])
-            columns[name] = np.concatenate(column), ends[:-1]
-        elif is_dataclass(column[0]):
-            columns[name] = packed(column)
-        else:
-            columns[name] = column
-    return type(values[0]), columns
-
-
-def unpacked(content: Packed) -> tuple[Any, ...]:
-    """The instances again; their arrays are views of the long ones."""
-    if content is None:
-        return ()
-    made, columns = content
-    lists = list[Sequence[Any]]()
-    for column in columns.values():
-        if isinstance(column, list):
-            lists.append(column)
-        elif isinstance(column[0], np.ndarray):
-            lists.append(np.split(*column))
-        else:
-            lists.append(unpacked(column))
-    return tuple(made(**dict(zip(columns, row, strict=True))) for row in zip(*lists, strict=True))

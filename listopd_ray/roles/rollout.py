@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from listopd_ray.config import PARALLEL, RolloutConfig
+from listopd_ray.roles.packing import Packed, pack, unpack
 from listopd_ray.roles.vllm_weights import leave_unpacked, load_in_place, lora_options
 from listopd_ray.types import ListopdError, Loaded, Prompt, Rollout, StrPath, Weights
 
@@ -37,6 +38,15 @@ class Generated:
     rollouts: tuple[Rollout, ...]  # in the order of the requests
     seconds: float
     attempt: int = 0  # how often its requests were made before
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        packed = pack(self.rollouts) if self.rollouts else None
+        return _generated, (packed, self.seconds, self.attempt)
+
+
+def _generated(packed: Packed | None, seconds: float, attempt: int) -> Generated:
+    rollouts = unpack(packed) if packed else ()
+    return Generated(rollouts=rollouts, seconds=seconds, attempt=attempt)
 
 
 class RolloutWorker:
@@ -250,6 +260,26 @@ class VllmEngine:
         )
         return _flat(output.prompt_logprobs, token_ids[1:].tolist(), skip=1)
 
+    def best_prompt_logprobs(
+        self, sequences: Sequence[np.ndarray], num_best: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Token ids (int32) and log-probabilities (float32), both [L − 1, 1 + num_best], for each
+        sequence: of its own tokens 1 … L − 1, then of the most likely ones there, best first.
+
+        Raises RuntimeError where any is missing.
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=num_best, flat_logprobs=True, detokenize=False
+        )
+        prompts = [{"prompt_token_ids": token_ids.tolist()} for token_ids in sequences]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [
+            _table(output.prompt_logprobs, token_ids, num_best)
+            for token_ids, output in zip(sequences, outputs, strict=True)
+        ]
+
     def generate(self, requests: Sequence[Request], greedy: bool) -> list[Completion]:
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
@@ -331,3 +361,14 @@ def _flat(flat: Any, token_ids: list[int], skip: int = 0) -> np.ndarray:
     if [flat.token_ids[start] for start in starts] != token_ids:
         raise RuntimeError("vLLM's log-probabilities are not those of the tokens asked for")
     return np.array([flat.logprobs[start] for start in starts], dtype=np.float32)
+
+
+def _table(flat: Any, token_ids: np.ndarray, num_best: int) -> tuple[np.ndarray, np.ndarray]:
+    """vLLM's flat lists as tables; nothing is said of the first token."""
+    num_rows, width = len(token_ids) - 1, 1 + num_best
+    if flat is None or len(flat) != 1 + num_rows or len(flat.logprobs) != num_rows * width:
+        raise RuntimeError("vLLM's log-probabilities of a prompt are not complete")
+    ids = np.array(flat.token_ids, dtype=np.int32).reshape(num_rows, width)
+    if not np.array_equal(ids[:, 0], token_ids[1:]):
+        raise RuntimeError("vLLM's log-probabilities are not those of the tokens asked for")
+    return ids, np.array(flat.logprobs, dtype=np.float32).reshape(num_rows, width)

@@ -24,11 +24,12 @@ from equality import check_equal, metrics_of
 
 from listopd_ray.cluster import Cluster
 from listopd_ray.config import Config
-from listopd_ray.handles import LearnerHandle, TeacherPool, Workers
+from listopd_ray.handles import LearnerHandle, Workers
 from listopd_ray.job import distill
 from listopd_ray.ledger import committed
 from listopd_ray.prepare import Prepared
 from listopd_ray.supervision import Faults
+from listopd_ray.teacher_pool import TeacherPool
 from listopd_ray.tracking import Run, read_jsonl
 from listopd_ray.types import ListopdError
 
