@@ -113,6 +113,7 @@ class BaseConfig:
 @dataclass(frozen=True)
 class RolloutConfig:
     backend: Literal["vllm", "hf"] = "vllm"  # vllm | hf (machines without vLLM)
+    dtype: Literal["float32", "bfloat16"] | None = None  # float32 | bfloat16; null: learner.dtype
     num_workers: int = 1  # vLLM engines
     num_cpus: float = 0.5  # each worker
     num_gpus: float = 0.0  # each actor
@@ -126,7 +127,10 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class TeacherActorConfig:
-    num_actors: int = 1  # teacher actors, each with teacher and base
+    num_actors: int = 1  # of each teacher, with the base
+    backend: Literal["hf", "vllm"] = "hf"  # hf | vllm (of teachers; the base is scored by hf)
+    engine: dict[str, Any] = field(default_factory=dict)  # passed on to vllm.LLM
+    dtype: Literal["float32", "bfloat16"] | None = None  # float32 | bfloat16; null: learner.dtype
     num_cpus: float = 0.5  # each actor
     num_gpus: float = 0.0  # each actor
     labels: dict[str, str] = field(default_factory=dict)  # of the machines it may be on
@@ -168,6 +172,8 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class SyncConfig:
+    method: Literal["object_store", "directory", "nccl", "adapter"] = "object_store"  # how
+    path: str | None = None  # of the files, for learner and workers; null: in the run's directory
     tolerance: float = 1e-4  # nats; the largest |rollout − learner| log-probability allowed
 
 
@@ -262,6 +268,9 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     student: ModelConfig = field(default_factory=ModelConfig)
     teacher: ModelConfig = field(default_factory=ModelConfig)
+    teachers: dict[str, str] = field(
+        default_factory=dict
+    )  # name → checkpoint; examples name theirs
     base: BaseConfig = field(default_factory=BaseConfig)
     warmstart_workers: int = 1  # Ray Train workers
     demo_seeds: list[int] = field(default_factory=lambda: [0])  # of `listopd demo` only
@@ -474,10 +483,12 @@ def _validate(config: Config) -> None:
     require(config.seed < 1 << 63, "seed", "must be < 2^63")
     require(config.num_steps < 10**9, "num_steps", "must be < 10^9")
     unsafe = {"trust_remote_code": (False,), "load_format": ("safetensors", "dummy")}
-    for key, allowed in unsafe.items():
-        value = config.rollout.engine.get(key, allowed[0])
-        rule = "no code and no pickles from checkpoints"
-        require(value in allowed, f"rollout.engine.{key}", rule)
+    for role, engine in (("rollout", config.rollout.engine), ("scoring", config.scoring.engine)):
+        for key, allowed in unsafe.items():
+            rule = "no code and no pickles from checkpoints"
+            require(engine.get(key, allowed[0]) in allowed, f"{role}.engine.{key}", rule)
+    adapter_without_one = config.sync.method == "adapter" and config.lora.rank == 0
+    require(not adapter_without_one, "sync.method", "adapter needs lora.rank ≥ 1")
     for role in ("rollout", "scoring", "learner"):
         section = getattr(config, role)
         require(section.num_cpus or section.num_gpus, f"{role}.num_cpus", "or num_gpus must be > 0")
