@@ -114,7 +114,9 @@ def _actors() -> dict[int, str]:
             command = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        roles |= {process.pid: role for start, role in ROLES.items() if command.startswith(start)}
+        for start, role in ROLES.items():
+            if command.startswith(start):
+                roles[process.pid] = role
     return roles
 
 
