@@ -64,8 +64,9 @@ def test_data_config_and_metrics_need_no_heavy_package():
             "listopd_ray.tracking",
         ),
         ("listopd_ray.evaluate", "listopd_ray.train"),
+        ("listopd_ray.plan.command",),
     ],
-    ids=["roles", "loop"],
+    ids=["roles", "loop", "plan"],
 )
 def test_roles_and_loop_need_neither_ray_nor_vllm(modules):
     assert imported_with(*modules) == "['torch', 'transformers']"
