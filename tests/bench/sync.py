@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from listopd_ray.cluster import _TORCH_ENV, _VLLM_CPU_ENV
 from listopd_ray.config import Config, LoraConfig, RolloutConfig
+from listopd_ray.models import build_tokenizer
 from listopd_ray.roles import vllm_weights
 from listopd_ray.roles.batching import collate
 from listopd_ray.roles.publisher import Publisher
@@ -100,6 +101,7 @@ def make(path, millions):
     )
     model = Qwen3ForCausalLM(config)
     model.save_pretrained(path)
+    build_tokenizer(["a"], vocab_size=300).save_pretrained(path)
     return sum(parameter.numel() for parameter in model.parameters()) / 1e6
 
 
