@@ -29,9 +29,10 @@ from listopd_ray.tracking import progress_bar
 from listopd_ray.types import ListopdError, last_line
 
 # Freed blocks stay with the process instead of going back to the system and being faulted in again
-# on the next allocation: a fifth of a tiny model's step on the CPU.
+# on the next allocation: a fifth of a tiny model's step on the CPU. Not so the largest, heads of
+# large vocabularies and their logits: the holes they leave are as large again.
 _TORCH_ENV = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_MMAP_THRESHOLD_": str(128 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",

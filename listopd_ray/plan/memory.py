@@ -21,10 +21,11 @@ PROCESS = {"learner": 650 * MIB, "rollout": 830 * MIB, "scoring": 630 * MIB, "dr
 LIBRARIES = 300 * MIB
 # Assumed, no GPU was at hand: context and libraries on the GPU, and the process beside it.
 ON_GPU, BESIDE_GPU = 1024 * MIB, 3072 * MIB
-# On the CPU freed blocks stay in the heap, and aligned ones of the same size do not fit the holes
-# (glibc 2.36). Measured: 0.7 bytes of holes for one of activations; 1.2 for one of the weights that
-# vLLM loads anew. On GPUs torch's own allocator: a tenth, assumed.
-HOLES, RELOAD_HOLES, GPU_HOLES = 1.7, 1.2, 1.1
+# On the CPU freed blocks up to KEPT_BLOCK (set in cluster.py) stay in the heap, and aligned ones of
+# the same size do not fit their holes (glibc 2.36). Measured: 0.7 bytes of holes for one of
+# activations, 0.9 for one of weights that vLLM loads anew. torch's own on GPUs: a tenth, assumed.
+KEPT_BLOCK = 128 * MIB
+HOLES, RELOAD_HOLES, GPU_HOLES = 1.7, 0.9, 1.1
 
 EVALUATED_AT_ONCE = 128  # the teacher's own completions (roles/teacher.py)
 SCORED_MIB = 256  # of float32 logits at once in a teacher (roles/scoring.py)
@@ -108,7 +109,7 @@ def learner_memory(config: Config, models: Models) -> tuple[Memory, Memory]:
         parameters=weights / shards,
         optimizer=2 * trained / shards,
         gradients=trained / shards,
-        activations=_training(config, models, shards) * (GPU_HOLES if on_gpu else HOLES),
+        activations=_training(config, models, shards),
         transit=0.0 if on_gpu else max(published, 2 * exported),
         process=ON_GPU if on_gpu else PROCESS["learner"],
     )
@@ -124,12 +125,13 @@ def _training(config: Config, models: Models, shards: int) -> float:
     mode = "autocast" if learner.autocast else learner.dtype
     rows = micro_batch(config, models.length)
     tokens, answers = rows * models.length, rows * models.completion
-    layer = per_token(shape, mode, has_adapter=has_adapter) * tokens
+    layer = float(per_token(shape, mode, has_adapter=has_adapter) * tokens)
     if learner.gradient_checkpointing:
         kept = shape.num_layers * shape.hidden * size * tokens + layer
     else:
         kept = shape.num_layers * layer
     kept += 2 * size * shape.hidden * tokens  # the last norm
+    kept = with_holes(config, kept)
     if learner.autocast and (shards == 1 or has_adapter):  # bfloat16 copies of all matrices
         kept += 2 * shape.body
     # Logits and their gradient; the head's gradient and a chunk's share of it, in float32.
@@ -151,7 +153,7 @@ def rollout_memory(config: Config, models: Models) -> tuple[Memory, Memory]:
     seqs = rollout.max_num_seqs or min(256, -(-samples // rollout.num_workers))
     dtype = rollout.dtype or config.learner.dtype
     if rollout.backend == "hf":
-        return _on(config, "rollout", _transformers(shape, models, dtype, seqs))
+        return _on(config, "rollout", _transformers(config, shape, models, dtype, seqs))
     cache = (rollout.kv_cache_mib or 0) << 20
     return _on(
         config, "rollout", _engine(config, shape, models, dtype, seqs, cache, rollout.engine)
@@ -165,18 +167,20 @@ def scoring_memory(config: Config, models: Models, teacher: Shape) -> tuple[Memo
     size = BYTES[dtype]
     rows = min(scoring.micro_batch_size, -(-samples // config.rollout.num_workers))
     logits = min(4 * rows * models.completion * teacher.vocab, SCORED_MIB << 20)
-    forward = rows * models.length * _passing(teacher, size) + 3 * logits
+    passing = rows * models.length * _passing(teacher, size)
+    forward = with_holes(config, passing) + 3 * logits
     if scoring.backend == "vllm":
         seqs = scoring.engine.get("max_num_seqs", rows)
         memory = _engine(config, teacher, models, dtype, seqs, None, scoring.engine)
     else:
         evaluated = min(EVALUATED_AT_ONCE, config.evaluation.num_prompts)
-        memory = _transformers(teacher, models, dtype, evaluated)
+        memory = _transformers(config, teacher, models, dtype, evaluated)
     has_base = needs_base(config) and not learner_scores_base(config)
     base = size * models.base.parameters if has_base else 0
     # At the start-up gate the student is here, for once.
     gate = 0 if has_base else size * models.student.parameters
-    passing = memory.activations + memory.kv_cache if scoring.backend == "hf" else forward
+    # Its own completions, for the evaluation at the end.
+    sampling = memory.activations + memory.kv_cache if scoring.backend == "hf" else forward
     return _on(
         config,
         "scoring",
@@ -184,7 +188,7 @@ def scoring_memory(config: Config, models: Models, teacher: Shape) -> tuple[Memo
             parameters=memory.parameters,
             base=base,
             kv_cache=memory.kv_cache if scoring.backend == "vllm" else 0,
-            activations=max(forward + gate, passing),
+            activations=max(forward + gate, sampling),
         ),
     )
 
@@ -202,11 +206,15 @@ def object_store(config: Config, models: Models) -> float:
     return 2 * models.student.published * BYTES[config.learner.dtype]
 
 
+def with_holes(config: Config, amount: float) -> float:
+    """Bytes of small blocks that come and go, and what the allocator loses with them."""
+    return amount * (GPU_HOLES if config.device == "cuda" else HOLES)
+
+
 def _on(config: Config, section: str, memory: Memory) -> tuple[Memory, Memory]:
     on_gpu = config.device == "cuda"
     parts = {field.name: getattr(memory, field.name) for field in fields(memory)}
     parts["process"] = ON_GPU if on_gpu else PROCESS[section]
-    parts["activations"] *= GPU_HOLES if on_gpu else HOLES
     return Memory(**parts), Memory(process=BESIDE_GPU)
 
 
@@ -215,7 +223,7 @@ def _passing(shape: Shape, size: int) -> int:
     return size * (3 * shape.hidden + 4 * shape.intermediate)
 
 
-def _transformers(shape: Shape, models: Models, dtype: str, seqs: int) -> Memory:
+def _transformers(config: Config, shape: Shape, models: Models, dtype: str, seqs: int) -> Memory:
     """A model of transformers that samples `seqs` completions at once."""
     size = BYTES[dtype]
     logits = (
@@ -224,7 +232,7 @@ def _transformers(shape: Shape, models: Models, dtype: str, seqs: int) -> Memory
     return Memory(
         parameters=size * shape.parameters,
         kv_cache=cache_bytes(shape, size, seqs, models.length),
-        activations=seqs * models.prompt * _passing(shape, size) + logits,
+        activations=with_holes(config, seqs * models.prompt * _passing(shape, size)) + logits,
     )
 
 
@@ -241,12 +249,17 @@ def _engine(
     size, parts = BYTES[dtype], engine.get("tensor_parallel_size", 1)
     weights = size * (shape.published if config.device == "cpu" else shape.parameters)
     tokens = max(models.length, min(2048, seqs * models.prompt))  # a step's prompts
-    scored = max(seqs, models.length)  # whose logits are wanted: samples, or the canary
+    # Those of all samples or of the canary, three times over.
+    logits = 3 * 4 * max(seqs, models.length) * shape.vocab
+    holes = 0.0
+    if config.device == "cpu":
+        is_kept = size * shape.head <= KEPT_BLOCK
+        holes = RELOAD_HOLES * (weights if is_kept else size * shape.body)
     return Memory(
         parameters=weights / parts,
         kv_cache=(cache or cache_bytes(shape, size, seqs, models.length)) / parts,
-        activations=tokens * _passing(shape, size) / parts + 3 * 4 * scored * shape.vocab,
-        transit=RELOAD_HOLES * weights if config.device == "cpu" else 2 * size * shape.head / parts,
+        activations=with_holes(config, tokens * _passing(shape, size) / parts) + logits,
+        transit=2 * size * shape.head / parts + holes,  # the head as it comes and as it is kept
     )
 
 

@@ -17,6 +17,8 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
@@ -178,8 +180,11 @@ def _models(directory: Path, case: str, data: Path) -> list[str]:
             shutil.copytree(student, teacher)  # its pages in memory are not the student's
         return [f"student.path={student}", f"teacher.path={teacher}"]
     dtype = "bfloat16" if "learner.dtype=bfloat16" in CASES[case] else "float32"
-    student = _random_model(directory, shape, data, dtype)
-    teacher = _random_model(directory, f"{shape}-teacher", data, dtype)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # its memory is not this process's
+        names = shape, f"{shape}-teacher"
+        student, teacher = (
+            pool.submit(_random_model, directory, name, data, dtype).result() for name in names
+        )
     return [f"student.path={student}", f"teacher.path={teacher}"]
 
 
