@@ -15,8 +15,9 @@ import torch
 from listopd_ray.config import RolloutConfig, TeacherActorConfig
 from listopd_ray.models import load_model, load_tokenizer
 from listopd_ray.roles.batching import Batch, collate, completion_logprobs, gather
-from listopd_ray.roles.rollout import Completion, Request, VllmEngine
+from listopd_ray.roles.rollout import Completion, Request
 from listopd_ray.roles.scoring import Columns, Places
+from listopd_ray.roles.vllm_engine import VllmEngine
 from listopd_ray.types import ListopdError, Rollout, StrPath
 
 # Of any kind of text: an engine and transformers must agree on it.

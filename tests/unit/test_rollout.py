@@ -1,7 +1,7 @@
 import pytest
 
 from listopd_ray.config import Config, load_config, max_num_seqs
-from listopd_ray.roles.rollout import kv_cache_mib
+from listopd_ray.roles.vllm_engine import kv_cache_mib
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "head_dim": 32}
 QWEN = {  # Qwen3-1.7B

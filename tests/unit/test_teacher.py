@@ -12,9 +12,10 @@ from listopd_ray.config import TeacherActorConfig
 from listopd_ray.roles import head, scoring
 from listopd_ray.roles.hf_engine import HfEngine
 from listopd_ray.roles.prompt_scores import best_columns
-from listopd_ray.roles.rollout import Generated, Request, _table
+from listopd_ray.roles.rollout import Generated, Request
 from listopd_ray.roles.scoring import special_ids, split_columns
 from listopd_ray.roles.teacher import Teacher
+from listopd_ray.roles.vllm_engine import _table
 from listopd_ray.roles.weights import torch_tensors
 from listopd_ray.types import ListopdError, TokenClass, Weights
 
