@@ -17,6 +17,7 @@ from listopd_ray.config import Config, describe_keys, load_config
 from listopd_ray.job_config import (
     CalibrateConfig,
     CompareConfig,
+    PlanConfig,
     ReportConfig,
     SearchConfig,
     StudyConfig,
@@ -61,6 +62,12 @@ def _data_amazon(config: AmazonConfig) -> None:
     with progress_bar("read", size, unit="B", delay=SHOWN_AFTER_S) as bar:
         written = write_amazon(config, bar.update)
     print(written)
+
+
+def _plan(config: PlanConfig) -> None:
+    from listopd_ray.plan.command import plan
+
+    plan(config)
 
 
 def _warmstart(config: Config) -> None:
@@ -138,6 +145,14 @@ COMMANDS = {
     ),
     "data amazon": Command(
         "build ranking examples from Amazon Reviews 2023 files", AmazonConfig, _data_amazon
+    ),
+    "plan": Command(
+        "say what a run takes in memory and time, and whether it fits",
+        PlanConfig,
+        _plan,
+        details="Starts nothing and reads no weights: of a checkpoint directory config.json is "
+        "enough.\nMachines are plan.machines.NAME, or this one. Ends with status 1 where a role "
+        "does not fit.",
     ),
     "warmstart": Command(
         "fine-tune student and teacher on correct rankings (cached)", Config, _warmstart

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
@@ -22,7 +22,7 @@ from listopd_ray.types import ListopdError, SyncMethod
 
 T = TypeVar("T")
 
-JOB_SECTIONS = ("study", "search")  # of whole jobs' files (job_config.py)
+JOB_SECTIONS = ("study", "search", "plan")  # of whole jobs' files (job_config.py)
 
 AT_LEAST_ONE = (
     *(
@@ -40,6 +40,7 @@ AT_LEAST_ONE = (
     "learner.logits_mib",
     "learner.micro_batch_size",
     "learner.num_ranks",
+    "rollout.kv_cache_mib",
     "rollout.max_new_tokens",
     "rollout.max_num_seqs",
     "rollout.num_workers",
@@ -119,18 +120,22 @@ class RolloutConfig:
     num_gpus: float = 0.0  # each actor
     labels: dict[str, str] = field(default_factory=dict)  # of the machines it may be on
     max_new_tokens: int | None = None  # null: the longest correct answer in the data plus 8
-    max_num_seqs: int = 64  # samples decoded at once
-    kv_cache_mib: int = 64  # each engine
+    dtype: Literal["float32", "bfloat16"] | None = None  # float32 | bfloat16; null: the learner's
+    max_num_seqs: int | None = None  # decoded at once; null: a worker's share of an update, ≤ 256
+    kv_cache_mib: int | None = None  # each engine; null: room for max_num_seqs at full length
     grammar: bool = False  # decode under the contract's JSON schema; not for training samples
     engine: dict[str, Any] = field(default_factory=dict)  # passed on to vllm.LLM
 
 
 @dataclass(frozen=True)
 class TeacherActorConfig:
-    num_actors: int = 1  # teacher actors, each with teacher and base
+    num_actors: int = 1  # of each teacher, with the base
     num_cpus: float = 0.5  # each actor
     num_gpus: float = 0.0  # each actor
     labels: dict[str, str] = field(default_factory=dict)  # of the machines it may be on
+    backend: Literal["hf", "vllm"] = "hf"  # hf | vllm (of teachers; the base is scored by hf)
+    engine: dict[str, Any] = field(default_factory=dict)  # passed on to vllm.LLM
+    dtype: Literal["float32", "bfloat16"] | None = None  # float32 | bfloat16; null: learner.dtype
     micro_batch_size: int = 64  # sequences at once
     support_size: int = 0  # S: also return the teacher's S most likely tokens
     temperature: float = 1.0  # of the teacher that scores: < 1 sharper, > 1 flatter
@@ -265,6 +270,9 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     student: ModelConfig = field(default_factory=ModelConfig)
     teacher: ModelConfig = field(default_factory=ModelConfig)
+    teachers: dict[str, str] = field(
+        default_factory=dict
+    )  # name → checkpoint; examples name theirs
     base: BaseConfig = field(default_factory=BaseConfig)
     warmstart_workers: int = 1  # Ray Train workers
     demo_seeds: list[int] = field(default_factory=lambda: [0])  # of `listopd demo` only
@@ -413,6 +421,12 @@ def schedule_value(schedule: Schedule, target: float, step: int, num_steps: int)
     return target
 
 
+def max_num_seqs(config: Config) -> int:
+    """Samples that one rollout worker decodes at once."""
+    share = math.ceil(config.num_prompts * config.group_size / config.rollout.num_workers)
+    return config.rollout.max_num_seqs or min(share, 256)
+
+
 def needs_base(config: Config) -> bool:
     """Whether some step extrapolates (λ ≠ 1), or the diagnostics ask for the base."""
     if config.cliff.measure or isinstance(config.lam, str):
@@ -457,11 +471,6 @@ def _validate(config: Config) -> None:
         require(0 <= attrgetter(key)(config) < 1, key, "must lie in [0, 1)")
     require(config.clip > 1, "clip", "c must be > 1 (.inf for no clip)")
     require(0 <= config.delta <= 1, "delta", "δ must lie in [0, 1]")
-    for key in ("temperature", "id_temperature"):
-        temperature = getattr(config.scoring, key)
-        valid = math.isfinite(temperature) and temperature > 0
-        require(valid, f"scoring.{key}", "must be finite and > 0")
-    require(0 <= config.scoring.uniform_share < 1, "scoring.uniform_share", "must lie in [0, 1)")
     require(config.ratio_clip > 0, "ratio_clip", "ε must be > 0")
     require(1 < config.ratio_cap < math.inf, "ratio_cap", "must be finite and > 1")
     has_support = config.estimator == "sampled" or config.scoring.support_size > 1
@@ -487,10 +496,11 @@ def _validate(config: Config) -> None:
     require(config.seed < 1 << 63, "seed", "must be < 2^63")
     require(config.num_steps < 10**9, "num_steps", "must be < 10^9")
     unsafe = {"trust_remote_code": (False,), "load_format": ("safetensors", "dummy")}
-    for key, allowed in unsafe.items():
-        value = config.rollout.engine.get(key, allowed[0])
-        rule = "no code and no pickles from checkpoints"
-        require(value in allowed, f"rollout.engine.{key}", rule)
+    for role, engine in (("rollout", config.rollout.engine), ("scoring", config.scoring.engine)):
+        for key, allowed in unsafe.items():
+            rule = "no code and no pickles from checkpoints"
+            require(engine.get(key, allowed[0]) in allowed, f"{role}.engine.{key}", rule)
+    _validate_teachers(config, require)
     for role in ("rollout", "scoring", "learner"):
         section = getattr(config, role)
         require(section.num_cpus or section.num_gpus, f"{role}.num_cpus", "or num_gpus must be > 0")
@@ -524,6 +534,21 @@ def _validate(config: Config) -> None:
     named = "/" not in config.name and config.name not in ("", ".", "..")
     named = named and config.name.isprintable() and len(config.name.encode()) <= 200
     require(named, "name", "must be a plain name of at most 200 bytes")
+
+
+def _validate_teachers(config: Config, require: Callable[[object, str, str], None]) -> None:
+    scoring = config.scoring
+    for key in ("temperature", "id_temperature"):
+        temperature = getattr(scoring, key)
+        valid = math.isfinite(temperature) and temperature > 0
+        require(valid, f"scoring.{key}", "must be finite and > 0")
+    require(0 <= scoring.uniform_share < 1, "scoring.uniform_share", "must lie in [0, 1)")
+    as_it_is = {"temperature": 1.0, "id_temperature": 1.0, "uniform_share": 0.0}
+    for key, value in as_it_is.items():  # the whole distribution is reshaped
+        plain = scoring.backend == "hf" or getattr(scoring, key) == value
+        require(plain, f"scoring.{key}", "needs scoring.backend=hf")
+    for name, path in config.teachers.items():
+        require(name.strip() and path.strip(), f"teachers.{name}", "give a name and a checkpoint")
 
 
 def describe_keys(schema: type) -> list[tuple[str, str, str]]:

@@ -20,7 +20,6 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from listopd_ray.checkpoint import Files, writing
-from listopd_ray.model_files import ModelFiles, model_files
 from listopd_ray.models import write_files
 from listopd_ray.roles.rollout import Generated, Request
 from listopd_ray.roles.teacher import Scored
@@ -98,53 +97,6 @@ class Workers:
         team.set_up = call
         works = [team.start(index, lambda a, _: call(a)) for index in range(len(team.actors))]
         return team.results(works, poisons=True)
-
-
-class TeacherPool:
-    """The teacher actors as one."""
-
-    def __init__(self, team: Team, base: ModelFiles | None = None) -> None:
-        self._team = team
-        self._base = base
-
-    def with_base(self, base_path: Path | None) -> TeacherPool:
-        """The same actors, for a run with this base (None: none)."""
-        return TeacherPool(self._team, model_files(base_path) if base_path else None)
-
-    def members(self) -> list[tuple[str, Any]]:
-        """As `Team.members`."""
-        return self._team.members()
-
-    def score(self, generated: Sequence[Generated]) -> list[Work]:
-        """Start scoring, each on one of the actors."""
-        base, count = self._base, len(self._team.actors)
-
-        def start(number: int, part: Generated) -> Work:
-            return self._team.start(number % count, lambda a, _: a.score.remote(part, base))
-
-        return [start(number, part) for number, part in enumerate(generated)]
-
-    def fetch(self, works: list[Work]) -> list[Scored]:
-        """Wait for what `score` started; what an actor that died had not finished is made again."""
-        return self._team.results(works)
-
-    def score_with(self, model_path: Path, generated: Sequence[Generated]) -> list[Scored]:
-        """Scores by every actor with another checkpoint in the teacher's place."""
-        model = model_files(model_path)
-
-        def start(index: int, part: Generated) -> Work:
-            return self._team.start(index, lambda a, _: a.score_with.remote(model, part))
-
-        indices = range(len(self._team.actors))
-        return self.fetch([start(index, part) for index in indices for part in generated])
-
-    def generate(
-        self, requests: list[Request], max_new_tokens: int, greedy: bool = False
-    ) -> Generated:
-        arguments = (requests, max_new_tokens, greedy)
-        work = self._team.start(0, lambda a, _: a.generate.remote(*arguments))
-        (generated,) = self._team.results([work])
-        return generated
 
 
 class LearnerHandle:

@@ -81,6 +81,35 @@ class SearchConfig(Config):
 
 
 @dataclass(frozen=True)
+class Machine:
+    """A kind of machine that a run is planned for."""
+
+    count: int = 1  # of this kind
+    memory_gib: float | None = None  # main memory, GiB each; null: as much as this machine has
+    num_gpus: int = 0  # each
+    gpu_memory_gib: float = 80.0  # GiB, of each GPU
+    labels: dict[str, str] = field(default_factory=dict)  # as Ray knows them
+    tflops: float | None = None  # 10^12 bfloat16 operations/s that a GPU, or all cores, reach
+    tflops_float32: float | None = None  # the same in float32; null: no times (cores: measured)
+    memory_gb_s: float | None = None  # 10^9 bytes/s that a GPU, or all cores, read
+    weights_gb_s: float = 2.0  # 10^9 bytes/s of weights from learner to rollout workers
+
+
+@dataclass(frozen=True)
+class PlanSection:
+    prompt_tokens: int | None = None  # of the longest prompt; null: data.max_prompt_tokens
+    completion_tokens: int | None = None  # of the longest; null: rollout.max_new_tokens, else 40
+    machines: dict[str, Machine] = field(default_factory=dict)  # none: this one; keys below
+
+
+@dataclass(frozen=True)
+class PlanConfig(Config):
+    """Of `listopd plan`: a run's configuration and what it is to run on."""
+
+    plan: PlanSection = field(default_factory=PlanSection)
+
+
+@dataclass(frozen=True)
 class CompareConfig:
     """Of `listopd compare`."""
 

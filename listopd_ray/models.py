@@ -64,28 +64,29 @@ def make_model(
     config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> PreTrainedModel:
     """A freshly initialised tiny Qwen3 with tied embeddings."""
-    num_heads = config.hidden_size // HEAD_SIZE
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=num_heads,
-            num_key_value_heads=num_heads,
-            head_dim=HEAD_SIZE,
-            initializer_range=config.init_std,
-            tie_word_embeddings=True,
-            max_position_embeddings=4096,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
-    )
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model = Qwen3ForCausalLM(qwen3_config(config, len(tokenizer), **ids))
+    model.generation_config = GenerationConfig(**ids, do_sample=True)
     return model
+
+
+def qwen3_config(config: ModelConfig, vocab_size: int, **ids: int) -> Qwen3Config:
+    """Of the tiny Qwen3 that `config` describes."""
+    num_heads = config.hidden_size // HEAD_SIZE
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        head_dim=HEAD_SIZE,
+        initializer_range=config.init_std,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        **ids,
+    )
 
 
 def load_model(path: StrPath, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:

@@ -56,6 +56,7 @@ class Example:
     query: str
     items: tuple[Item, ...]
     relevance: tuple[float, ...]  # [K] gains, ≥ 0, in the order of `items`
+    teacher: str | None = None  # name of the teacher that scores it; None: the default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,6 +66,7 @@ class Prompt:
     id: str  # of the example
     token_ids: np.ndarray  # [P] int32
     num_items: int  # K
+    teacher: str | None = None  # as of the example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -85,7 +87,9 @@ class ScoredRollout:
 
     The base fields are None where no base model was loaded. `*_unused_mass` is the probability of
     any item id not used yet (the part of the contract that forbids repeats): NaN but where the
-    first token of an id is due.
+    first token of an id is due. The teacher's is NaN throughout with `scoring.backend: vllm`, which
+    tells only the most likely tokens. The support leaves out special tokens but for those that end
+    a completion.
     """
 
     rollout: Rollout
@@ -99,7 +103,7 @@ class ScoredRollout:
     base_unused_mass: np.ndarray | None  # [T] float32
     support_ids: np.ndarray | None = None  # [T, S] int32, the teacher's S most likely tokens
     support_logprobs: np.ndarray | None = None  # [T, S] float32, teacher
-    base_support_logprobs: np.ndarray | None = None  # [T, S] float32, base on the same tokens
+    base_support_logprobs: np.ndarray | None = None  # [T, S] float32, base on `support_ids`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

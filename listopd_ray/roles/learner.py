@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from listopd_ray.checkpoint import CorruptCheckpoint, Files, digests, fetched, staged
 from listopd_ray.config import Config, learner_scores_base
-from listopd_ray.models import read_files
-from listopd_ray.roles.batching import collate, collate_rollouts, micro_batches
+from listopd_ray.models import end_ids, load_tokenizer, read_files
+from listopd_ray.roles.batching import Batch, collate, collate_rollouts, micro_batches
 from listopd_ray.roles.losses import TokenScores, Update
 from listopd_ray.roles.publisher import Publisher
 from listopd_ray.roles.ranks import Ranks, fill, whole
+from listopd_ray.roles.scoring import Contract
 from listopd_ray.roles.student import Student
 from listopd_ray.roles.teacher import Scored
 from listopd_ray.roles.update_metrics import update_metrics
@@ -63,10 +64,12 @@ class Learner:
         self._config = config
         self._device = config.device
         self._ranks = Ranks.join(rank, config.learner.num_ranks, meeting_point, config.device)
+        tokenizer = load_tokenizer(student_path)
         self._student = Student(student_path, config, self._ranks)
         self._publisher = Publisher(
             self._student, config.sync.method, sync_directory, is_first=rank == 0
         )
+        self._contract = Contract(tokenizer, end_ids(student_path, tokenizer))
         self._canary_ids = canary_ids
         self._optimizer = torch.optim.AdamW(
             self._student.trained(),
@@ -288,9 +291,9 @@ class Learner:
         ids = torch.cat([part.long() for part in asked], dim=1)
         logprobs = self._student.logprobs(batch, ids)
         if learner_scores_base(self._config):
-            base = self._student.base_logprobs(batch, ids).cpu().numpy()
-            columns |= {"base": base[:, 0], "base_modal": base[:, 1]}
-            support |= {"base_support": base[:, 2:]} if support else {}
+            base = self._base_columns(batch, ids, rollouts)
+            support |= {"base_support": base.pop("base_support")} if support else {}
+            columns |= base
         given = {name: columns[name] for name in ("teacher", "sampler", "base") if name in columns}
         scores = TokenScores(
             learner=logprobs[:, 0],
@@ -304,6 +307,26 @@ class Learner:
         columns["is_first_id"] = np.concatenate([_first_id(r) for r in rollouts])
         columns["loss"] = np.full(1, loss.item(), dtype=np.float64)
         return loss, columns
+
+    def _base_columns(
+        self, batch: Batch, ids: torch.Tensor, rollouts: Sequence[ScoredRollout]
+    ) -> dict[str, np.ndarray]:
+        """The base's columns by the student without its adapter; `ids` [N, 2 + S]: sampled, modal,
+        support."""
+        places = self._contract.places([r.rollout for r in rollouts])
+        starts = np.zeros((len(ids), places.starts.shape[1]), dtype=np.int64)
+        starts[places.due] = places.starts.clip(min=0)
+        asked = torch.cat([ids, self._on_device(starts)], dim=1)
+        logprobs = self._student.base_logprobs(batch, asked).cpu().numpy()
+        base, unused = np.split(logprobs, [ids.shape[1]], axis=1)
+        mass = np.full(len(ids), np.nan, dtype=np.float32)
+        mass[places.due] = (np.exp(unused[places.due]) * (places.starts >= 0)).sum(axis=1)
+        return {
+            "base": base[:, 0],
+            "base_modal": base[:, 1],
+            "base_support": base[:, 2:],
+            "base_unused": mass,
+        }
 
     def _update(self, lam: float) -> Update:
         config = self._config

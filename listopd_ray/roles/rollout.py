@@ -8,9 +8,6 @@ vLLM's CPU backend changes torch for the process it lives in.
 
 from __future__ import annotations
 
-import functools
-import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from listopd_ray.config import PARALLEL, RolloutConfig
-from listopd_ray.roles.vllm_weights import leave_unpacked, load_in_place, lora_options
+from listopd_ray.config import RolloutConfig
+from listopd_ray.roles.packing import Packed, pack, unpack
 from listopd_ray.types import ListopdError, Loaded, Prompt, Rollout, StrPath, Weights
 
 
@@ -36,6 +33,15 @@ class Generated:
     seconds: float
     attempt: int = 0  # how often its requests were made before
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        packed = pack(self.rollouts) if self.rollouts else None
+        return _generated, (packed, self.seconds, self.attempt)
+
+
+def _generated(packed: Packed | None, seconds: float, attempt: int) -> Generated:
+    rollouts = unpack(packed) if packed else ()
+    return Generated(rollouts=rollouts, seconds=seconds, attempt=attempt)
+
 
 class RolloutWorker:
     """Owns one engine. Refuses to sample before the first `load_weights`."""
@@ -47,6 +53,7 @@ class RolloutWorker:
         model_path: StrPath,
         dtype: str,
         device: str,
+        max_num_seqs: int,
         end_ids: tuple[int, ...],
         max_prompt_tokens: int,
         max_new_tokens: int,
@@ -64,13 +71,18 @@ class RolloutWorker:
             adapter_rank=adapter_rank,
         )
         if config.backend == "vllm":
+            from listopd_ray.roles.vllm_engine import VllmEngine
+
             self._engine: Any = VllmEngine(
-                config, max_model_len=max_prompt_tokens + max_new_tokens, **options
+                config,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_prompt_tokens + max_new_tokens,
+                **options,
             )
         else:
             from listopd_ray.roles.hf_engine import HfEngine
 
-            self._engine = HfEngine(batch_size=config.max_num_seqs, device=device, **options)
+            self._engine = HfEngine(batch_size=max_num_seqs, device=device, **options)
 
     def use_checkpoint(self) -> None:
         """Serve the weights of the checkpoint itself, as version 0."""
@@ -137,165 +149,3 @@ def make_rollout(request: Request, output: Completion, policy_version: int) -> R
         finish_reason="stop" if output.stopped else "length",
         policy_version=policy_version,
     )
-
-
-class VllmEngine:
-    """vLLM's `LLM` in this process."""
-
-    def __init__(
-        self,
-        config: RolloutConfig,
-        *,
-        model_path: StrPath,
-        dtype: str,
-        end_ids: tuple[int, ...],
-        max_new_tokens: int,
-        max_model_len: int,
-        adapter_rank: int = 0,
-    ) -> None:
-        from vllm import LLM
-
-        self._adapter_rank = adapter_rank
-        self._adapter: Any = None  # vLLM's LoRARequest of the version that it serves
-        in_one_process = not set(PARALLEL) & set(config.engine)
-        self._in_place = (
-            in_one_process and dtype == "float32" and leave_unpacked(os.fspath(model_path))
-        )
-        self._end_ids = end_ids
-        self._max_new_tokens = max_new_tokens
-        self._grammar = config.grammar
-        options: dict[str, Any] = dict(
-            skip_tokenizer_init=not config.grammar,  # token ids go in and out
-            generation_config="vllm",  # no sampling defaults from the checkpoint
-            enforce_eager=True,
-            # A seeded request whose prompt is split over two steps fails on the CPU.
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=max(2048, max_model_len),
-            enable_prefix_caching=False,
-            kv_cache_memory_bytes=config.kv_cache_mib << 20,
-            disable_log_stats=True,
-            seed=0,
-            trust_remote_code=False,
-            load_format="safetensors",
-            use_tqdm_on_load=False,
-        )
-        if config.grammar:
-            options["structured_outputs_config"] = {"backend": "xgrammar"}
-        if adapter_rank:
-            options |= lora_options(adapter_rank)
-        self._llm = LLM(
-            model=os.fspath(model_path),
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            **{**options, **config.engine},
-        )
-
-    def load_weights(self, weights: Weights) -> None:
-        from listopd_ray.roles.weights import torch_tensors
-
-        if weights.method == "adapter":
-            self._load_adapter(weights)
-        elif self._in_place:
-            self._llm.apply_model(lambda model: load_in_place(model, torch_tensors(weights)))
-        else:
-            # The layerwise reload: the only path that re-packs the CPU backend's kernels. Workers
-            # in processes of their own (tensor parallelism) read files themselves.
-            from_files = {"weights_path": weights.path}
-            self._llm.collective_rpc(
-                "reload_weights",
-                kwargs=from_files if weights.path else {"weights_iterator": torch_tensors(weights)},
-            )
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("prefix cache still in use: cached states of the old weights remain")
-
-    def _load_adapter(self, weights: Weights) -> None:
-        """In the place of the one before, over weights that stay."""
-        from vllm.lora.request import LoRARequest
-
-        from listopd_ray.roles.adapters import check_rank
-
-        path = weights.path
-        assert path is not None
-        check_rank(path, self._adapter_rank)
-        before, engine = self._adapter, self._llm.llm_engine
-        number = before.lora_int_id + 1 if before else 1
-        self._adapter = LoRARequest(f"{number}", number, path)  # a known name would not be read
-        if before:
-            engine.remove_lora(before.lora_int_id)
-        engine.add_lora(self._adapter)
-
-    def prompt_logprobs(self, token_ids: np.ndarray) -> np.ndarray:
-        from vllm import SamplingParams
-
-        params = SamplingParams(
-            max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
-        )
-        (output,) = self._llm.generate(
-            [{"prompt_token_ids": token_ids.tolist()}],
-            params,
-            use_tqdm=False,
-            lora_request=self._adapter,
-        )
-        return _flat(output.prompt_logprobs, token_ids[1:].tolist(), skip=1)
-
-    def generate(self, requests: Sequence[Request], greedy: bool) -> list[Completion]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
-
-        def constraint(prompt: Prompt) -> Any:  # vLLM wants one object a request
-            return StructuredOutputsParams(grammar=contract_grammar(prompt.num_items))
-
-        params = [
-            SamplingParams(
-                temperature=0.0 if greedy else 1.0,
-                seed=request.seed,
-                max_tokens=self._max_new_tokens,
-                stop_token_ids=list(self._end_ids),
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-                structured_outputs=constraint(request.prompt) if self._grammar else None,
-            )
-            for request in requests
-        ]
-        prompts = [{"prompt_token_ids": r.prompt.token_ids.tolist()} for r in requests]
-        completions = []
-        for result in self._llm.generate(
-            prompts, params, use_tqdm=False, lora_request=self._adapter
-        ):
-            output = result.outputs[0]
-            token_ids = list(output.token_ids)
-            logprobs = _flat(output.logprobs, token_ids).tolist()
-            completions.append(Completion(token_ids, logprobs, output.finish_reason == "stop"))
-        return completions
-
-
-@functools.cache
-def contract_grammar(num_items: int) -> str:
-    """xgrammar's EBNF of the contract's JSON schema, spelled as `json.dumps` spells it.
-
-    vLLM's own `json=` constraint either lets whitespace run on without end wherever JSON has room
-    for it or, with `disable_any_whitespace`, allows no blank at all: `{"ranking": [3, 1, 2]}`, what
-    models are trained on, is then forbidden. That no item comes twice a JSON schema could say, but
-    xgrammar does not enforce it.
-    """
-    from xgrammar import Grammar
-
-    item = {"type": "integer", "minimum": 1, "maximum": num_items}
-    ranking = {"type": "array", "items": item, "minItems": num_items, "maxItems": num_items}
-    schema = {
-        "type": "object",
-        "properties": {"ranking": ranking},
-        "required": ["ranking"],
-        "additionalProperties": False,
-    }
-    return str(Grammar.from_json_schema(json.dumps(schema), any_whitespace=False))
-
-
-def _flat(flat: Any, token_ids: list[int], skip: int = 0) -> np.ndarray:
-    """One log-probability a position out of vLLM's flat lists, looked up by token id."""
-    starts = flat.start_indices[skip:]
-    if [flat.token_ids[start] for start in starts] != token_ids:
-        raise RuntimeError("vLLM's log-probabilities are not those of the tokens asked for")
-    return np.array([flat.logprobs[start] for start in starts], dtype=np.float32)

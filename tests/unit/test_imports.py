@@ -56,14 +56,17 @@ def test_data_config_and_metrics_need_no_heavy_package():
             "listopd_ray.roles.batching",
             "listopd_ray.roles.learner",
             "listopd_ray.roles.teacher",
+            "listopd_ray.roles.scoring",
+            "listopd_ray.roles.prompt_scores",
             "listopd_ray.roles.rollout",
             "listopd_ray.roles.weights",
             "listopd_ray.roles.hf_engine",
             "listopd_ray.tracking",
         ),
         ("listopd_ray.evaluate", "listopd_ray.train"),
+        ("listopd_ray.plan.command",),
     ],
-    ids=["roles", "loop"],
+    ids=["roles", "loop", "plan"],
 )
 def test_roles_and_loop_need_neither_ray_nor_vllm(modules):
     assert imported_with(*modules) == "['torch', 'transformers']"

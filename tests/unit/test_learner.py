@@ -370,6 +370,7 @@ def make_worker(student_path):
             model_path=str(path),
             dtype="float32",
             device="cpu",
+            max_num_seqs=64,
             end_ids=(0,),
             max_prompt_tokens=64,
             **{"max_new_tokens": 8, "tolerance": 1e-4, **settings},
@@ -380,7 +381,7 @@ def make_worker(student_path):
 
 def requests_for(rollouts, seed, copies):
     return [
-        Request(prompt=rollout.prompt, sample_index=index, seed=seed)
+        Request(prompt=rollout.prompt, sample_index=index, seed=1000 * seed + index)
         for rollout in rollouts
         for index in range(copies)
     ]

@@ -1,0 +1,1 @@
+"""What a configuration takes in memory and time, before anything starts."""
