@@ -72,6 +72,7 @@ class Worker(RolloutWorker):
         vllm_weights.UNPACKED_WIDTH = 0 if kind == "packed" else 1 << 20
         super().__init__(
             RolloutConfig(kv_cache_mib=256),
+            max_num_seqs=64,
             model_path=path,
             dtype="float32",
             device="cpu",
