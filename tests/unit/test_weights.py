@@ -75,6 +75,7 @@ def make_worker(student_path):
             model_path=str(student_path),
             dtype="float32",
             device="cpu",
+            max_num_seqs=8,
             end_ids=(0,),
             max_prompt_tokens=64,
             max_new_tokens=4,
