@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet $(PIP_FLAGS)
 CPU_INDEX := $(if $(filter cpu,$(EXTRA)),$(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)))
 STAMP := $(VENV)/installed-$(EXTRA)
+PEERS := .venv-peers
 
-.PHONY: help install demo test unit chaos fuzz lint format clean
+.PHONY: help install demo test unit chaos fuzz bench bench-peers lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -33,6 +34,12 @@ chaos: $(STAMP)  ## kill every role of a real run, 20 rounds at random moments
 fuzz: $(STAMP)  ## 10,000 inputs for every reader, the strict parser and the configuration
 	LISTOPD_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/unit/test_fuzz.py
 
+bench: $(STAMP)  ## how fast each role and the loop are: tables and runs/bench/loop.json
+	$(BIN)/python tests/bench/loop.py
+
+bench-peers: $(STAMP) $(PEERS)/installed  ## the loop against TRL, each in its own environment
+	$(BIN)/python tests/bench/peers.py $(PEERS)/bin/python
+
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,7 +51,7 @@ format: $(STAMP)  ## apply the style
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment; runs, cache and data stay
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)
 
 # torch first, so that nothing asks for its CUDA build. vLLM's text path needs none of the three
 # packages that are removed, and a build of them for another torch breaks `import transformers`.
@@ -54,4 +61,10 @@ $(STAMP): pyproject.toml
 	$(INSTALL) $(CPU_INDEX) torch==2.13.0
 	$(INSTALL) -e '.[$(EXTRA),dev]'
 	$(BIN)/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+	touch $@
+
+$(PEERS)/installed:
+	$(PYTHON) -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet $(PIP_FLAGS) $(CPU_INDEX) \
+		torch==2.13.0 transformers==5.23.0 trl==1.16.0
 	touch $@

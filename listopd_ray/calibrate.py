@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,8 +67,11 @@ def calibrate_job(config: CalibrateConfig) -> dict[str, Any]:
 
 def measure_run(config: Config, prepared: Prepared, cluster: Cluster) -> Measured:
     """Sample the warm start on the held-out prompts and score that with teacher and base."""
-    with progress_bar("calibrate", 4, unit="phase") as bar:
-        learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
+    start = cluster.start_learner
+    with (
+        progress_bar("calibrate", 4, unit="phase") as bar,
+        closing(start(config, prepared.student_path, prepared.canary_ids)) as learner,
+    ):
         workers = cluster.workers.with_seed(config.seed)
         workers.load_weights(learner.publish_weights())
         bar.update()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from listopd_ray.config import Config
-from listopd_ray.handles import LearnerHandle, StartFailed, TeacherPool, Workers
+from listopd_ray.config import Config, max_num_seqs, sync_directory
+from listopd_ray.handles import LearnerHandle, StartFailed, Workers
 from listopd_ray.model_files import model_files
 from listopd_ray.placement import bundles_of, reserve, teacher_bundles
 from listopd_ray.roles.learner import Learner
 from listopd_ray.roles.rollout import RolloutWorker
 from listopd_ray.roles.teacher import Teacher
 from listopd_ray.supervision import Faults, handlers_kept
+from listopd_ray.teacher_pool import TeacherPool
 from listopd_ray.team import GONE, START_TIMEOUT_S, Team
 from listopd_ray.tracking import progress_bar
 from listopd_ray.types import ListopdError, last_line
@@ -80,11 +81,13 @@ class Cluster:
         *,
         student_path: Path,
         teacher_path: Path | None,
+        teachers: Mapping[str, Path] | None = None,
         end_ids: tuple[int, ...],
         max_prompt_tokens: int,
         max_new_tokens: int,
         supervised: bool = True,
     ) -> None:
+        """`teachers`: further ones, by the names that prompts give."""
         bundles = bundles_of(config, with_teachers=teacher_path is not None)
         # A slot of a search stays together: one machine lost is one trial lost.
         strategy = "SPREAD" if supervised else "PACK"
@@ -101,24 +104,28 @@ class Cluster:
             ).remote(
                 rollout,
                 model_path=model_files(student_path),
-                dtype=config.learner.dtype,
+                dtype=rollout.dtype or config.learner.dtype,
                 device=config.device,
+                max_num_seqs=max_num_seqs(config),
                 end_ids=end_ids,
                 max_prompt_tokens=max_prompt_tokens,
                 max_new_tokens=max_new_tokens,
                 tolerance=config.sync.tolerance,
+                adapter_rank=config.lora.rank if config.sync.method == "adapter" else 0,
             )
 
-        def start_teacher(index: int) -> Any:
-            assert teacher_path is not None
-            return _spawn_teacher(config, teacher_path, self._group, first_teacher + index)
+        scorers = _scorers(config, teacher_path, teachers) if teacher_path is not None else []
 
-        num_teachers = config.scoring.num_actors if teacher_path is not None else 0
+        def start_teacher(index: int) -> Any:
+            place, path = first_teacher + index, scorers[index][1]
+            lengths = (max_prompt_tokens, max_new_tokens)
+            return _spawn_teacher(config, path, self._group, place, lengths)
+
         workers = self._team("rollout", start_worker, rollout.num_workers)
-        teachers = self._team("teacher", start_teacher, num_teachers)
+        scoring = self._team("teacher", start_teacher, len(scorers))
         self.workers = Workers(workers, config.seed)
-        self.teacher = TeacherPool(teachers)
-        self._teams = (workers, teachers)
+        self.teacher = TeacherPool(scoring, [name for name, _ in scorers])
+        self._teams = (workers, scoring)
 
     def start_learner(
         self, config: Config, student_path: Path, canary_ids: np.ndarray
@@ -134,6 +141,7 @@ class Cluster:
                     config,
                     student_path=model_files(student_path),
                     canary_ids=canary_ids,
+                    sync_directory=sync_directory(config),
                     rank=rank,
                     meeting_point=point,
                 )
@@ -172,14 +180,24 @@ class Cluster:
 class SharedTeachers:
     """Teacher actors in a placement group of their own, for several clusters at once."""
 
-    def __init__(self, config: Config, teacher_path: Path, num_bases: int) -> None:
-        """`num_bases` runs with bases of their own may use them at once."""
+    def __init__(
+        self,
+        config: Config,
+        num_bases: int,
+        teacher_path: Path,
+        teachers: Mapping[str, Path],
+        lengths: tuple[int, int],
+    ) -> None:
+        """`num_bases` runs with bases of their own may use them at once; `teachers` as for
+        `Cluster`; `lengths`: of the longest prompt and completion."""
         self._group = reserve(config, "the teachers", teacher_bundles(config))
+        scorers = _scorers(config, teacher_path, teachers)
         self._actors = [
-            _spawn_teacher(config, teacher_path, self._group, index, num_bases)
-            for index in range(config.scoring.num_actors)
+            _spawn_teacher(config, path, self._group, index, lengths, num_bases)
+            for index, (_, path) in enumerate(scorers)
         ]
-        self.pool = TeacherPool(Team("teacher", self._actors, Faults(config.faults), spawn=None))
+        team = Team("teacher", self._actors, Faults(config.faults), spawn=None)
+        self.pool = TeacherPool(team, [name for name, _ in scorers])
 
     def wait_until_ready(self) -> None:
         """As `Cluster.wait_until_ready`."""
@@ -199,6 +217,14 @@ def _spawn(role: type, group: PlacementGroup, bundle: int, env: dict[str, str]) 
     )
 
 
+def _scorers(
+    config: Config, teacher_path: Path, teachers: Mapping[str, Path] | None
+) -> list[tuple[str | None, Path]]:
+    """Name (None: the default) and checkpoint of every teacher actor."""
+    named = [(None, teacher_path), *(teachers or {}).items()]
+    return [pair for pair in named for _ in range(config.scoring.num_actors)]
+
+
 def _at(group: PlacementGroup, bundle: int) -> dict[str, Any]:
     return {
         "scheduling_strategy": PlacementGroupSchedulingStrategy(
@@ -215,14 +241,23 @@ def _meeting_point() -> str:
 
 
 def _spawn_teacher(
-    config: Config, teacher_path: Path, group: PlacementGroup, bundle: int, num_bases: int = 1
+    config: Config,
+    teacher_path: Path,
+    group: PlacementGroup,
+    bundle: int,
+    lengths: tuple[int, int],
+    num_bases: int = 1,
 ) -> Any:
-    return _spawn(Teacher, group, bundle, _TORCH_ENV).remote(
+    env = _vllm_env(config) if config.scoring.backend == "vllm" else _TORCH_ENV
+    return _spawn(Teacher, group, bundle, env).remote(
         config.scoring,
         teacher_path=model_files(teacher_path),
-        dtype=config.learner.dtype,
+        dtype=config.scoring.dtype or config.learner.dtype,
         device=config.device,
         num_bases=num_bases,
+        max_prompt_tokens=lengths[0],
+        max_new_tokens=lengths[1],
+        tolerance=config.sync.tolerance,
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from listopd_ray.redact import redacted
-from listopd_ray.types import ListopdError
+from listopd_ray.types import ListopdError, SyncMethod
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ AT_LEAST_ONE = (
     "learner.logits_mib",
     "learner.micro_batch_size",
     "learner.num_ranks",
+    "rollout.kv_cache_mib",
     "rollout.max_new_tokens",
     "rollout.max_num_seqs",
     "rollout.num_workers",
@@ -113,14 +115,14 @@ class BaseConfig:
 @dataclass(frozen=True)
 class RolloutConfig:
     backend: Literal["vllm", "hf"] = "vllm"  # vllm | hf (machines without vLLM)
-    dtype: Literal["float32", "bfloat16"] | None = None  # float32 | bfloat16; null: learner.dtype
     num_workers: int = 1  # vLLM engines
     num_cpus: float = 0.5  # each worker
     num_gpus: float = 0.0  # each actor
     labels: dict[str, str] = field(default_factory=dict)  # of the machines it may be on
     max_new_tokens: int | None = None  # null: the longest correct answer in the data plus 8
-    max_num_seqs: int = 64  # samples decoded at once
-    kv_cache_mib: int = 64  # each engine
+    dtype: Literal["float32", "bfloat16"] | None = None  # float32 | bfloat16; null: the learner's
+    max_num_seqs: int | None = None  # decoded at once; null: a worker's share of an update, ≤ 256
+    kv_cache_mib: int | None = None  # each engine; null: room for max_num_seqs at full length
     grammar: bool = False  # decode under the contract's JSON schema; not for training samples
     engine: dict[str, Any] = field(default_factory=dict)  # passed on to vllm.LLM
 
@@ -128,12 +130,12 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class TeacherActorConfig:
     num_actors: int = 1  # of each teacher, with the base
-    backend: Literal["hf", "vllm"] = "hf"  # hf | vllm (of teachers; the base is scored by hf)
-    engine: dict[str, Any] = field(default_factory=dict)  # passed on to vllm.LLM
-    dtype: Literal["float32", "bfloat16"] | None = None  # float32 | bfloat16; null: learner.dtype
     num_cpus: float = 0.5  # each actor
     num_gpus: float = 0.0  # each actor
     labels: dict[str, str] = field(default_factory=dict)  # of the machines it may be on
+    backend: Literal["hf", "vllm"] = "hf"  # hf | vllm (of teachers; the base is scored by hf)
+    engine: dict[str, Any] = field(default_factory=dict)  # passed on to vllm.LLM
+    dtype: Literal["float32", "bfloat16"] | None = None  # float32 | bfloat16; null: learner.dtype
     micro_batch_size: int = 64  # sequences at once
     support_size: int = 0  # S: also return the teacher's S most likely tokens
     temperature: float = 1.0  # of the teacher that scores: < 1 sharper, > 1 flatter
@@ -172,7 +174,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class SyncConfig:
-    method: Literal["object_store", "directory", "nccl", "adapter"] = "object_store"  # how
+    method: SyncMethod = "object_store"  # object_store | directory (files) | adapter (LoRA alone)
     path: str | None = None  # of the files, for learner and workers; null: in the run's directory
     tolerance: float = 1e-4  # nats; the largest |rollout − learner| log-probability allowed
 
@@ -289,6 +291,7 @@ class Config:
     trace: bool = False  # write trace.json, where the time goes: for ui.perfetto.dev
 
 
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size")  # of `rollout.engine`: processes
 PLAIN_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 NOT_NEGATIVE = (
     "autoscaling_wait_s",
@@ -400,6 +403,15 @@ def run_directory(config: Config) -> Path:
     return Path(config.out) / config.name
 
 
+def sync_directory(config: Config) -> Path:
+    """Absolute; of this run alone, for the files of its weights on their way to the workers."""
+    run = run_directory(config).absolute()
+    if config.sync.path is None:
+        return run / "sync"
+    digest = hashlib.sha256(str(run).encode()).hexdigest()[:8]
+    return Path(config.sync.path).absolute() / f"{config.name}-{digest}"
+
+
 def schedule_value(schedule: Schedule, target: float, step: int, num_steps: int) -> float:
     """The scheduled value at `step` (0-based) of `num_steps`; `target` is the full value."""
     if schedule.kind == "warmup" and step < schedule.steps:
@@ -407,6 +419,12 @@ def schedule_value(schedule: Schedule, target: float, step: int, num_steps: int)
     if schedule.kind == "linear" and num_steps > 1:
         return target + (schedule.final - target) * step / (num_steps - 1)
     return target
+
+
+def max_num_seqs(config: Config) -> int:
+    """Samples that one rollout worker decodes at once."""
+    share = math.ceil(config.num_prompts * config.group_size / config.rollout.num_workers)
+    return config.rollout.max_num_seqs or min(share, 256)
 
 
 def needs_base(config: Config) -> bool:
@@ -453,11 +471,6 @@ def _validate(config: Config) -> None:
         require(0 <= attrgetter(key)(config) < 1, key, "must lie in [0, 1)")
     require(config.clip > 1, "clip", "c must be > 1 (.inf for no clip)")
     require(0 <= config.delta <= 1, "delta", "δ must lie in [0, 1]")
-    for key in ("temperature", "id_temperature"):
-        temperature = getattr(config.scoring, key)
-        valid = math.isfinite(temperature) and temperature > 0
-        require(valid, f"scoring.{key}", "must be finite and > 0")
-    require(0 <= config.scoring.uniform_share < 1, "scoring.uniform_share", "must lie in [0, 1)")
     require(config.ratio_clip > 0, "ratio_clip", "ε must be > 0")
     require(1 < config.ratio_cap < math.inf, "ratio_cap", "must be finite and > 1")
     has_support = config.estimator == "sampled" or config.scoring.support_size > 1
@@ -487,8 +500,7 @@ def _validate(config: Config) -> None:
         for key, allowed in unsafe.items():
             rule = "no code and no pickles from checkpoints"
             require(engine.get(key, allowed[0]) in allowed, f"{role}.engine.{key}", rule)
-    adapter_without_one = config.sync.method == "adapter" and config.lora.rank == 0
-    require(not adapter_without_one, "sync.method", "adapter needs lora.rank ≥ 1")
+    _validate_teachers(config, require)
     for role in ("rollout", "scoring", "learner"):
         section = getattr(config, role)
         require(section.num_cpus or section.num_gpus, f"{role}.num_cpus", "or num_gpus must be > 0")
@@ -500,6 +512,11 @@ def _validate(config: Config) -> None:
     require(not grammar_without_vllm, "rollout.grammar", "needs rollout.backend=vllm")
     timeout = config.faults.timeout_s
     require(0 < timeout < 1e9, "faults.timeout_s", "must be > 0 and finite")
+    adapter_without_one = config.sync.method == "adapter" and config.lora.rank == 0
+    require(not adapter_without_one, "sync.method", "adapter needs lora.rank ≥ 1")
+    alone = all(config.rollout.engine.get(key, 1) == 1 for key in PARALLEL)
+    rule = "object_store does not reach an engine's other processes: directory does"
+    require(alone or config.sync.method != "object_store", "sync.method", rule)
     tolerance = config.sync.tolerance
     require(math.isfinite(tolerance) and tolerance > 0, "sync.tolerance", "must be finite and > 0")
     require(config.learner.max_grad_norm > 0, "learner.max_grad_norm", "must be > 0")
@@ -517,6 +534,21 @@ def _validate(config: Config) -> None:
     named = "/" not in config.name and config.name not in ("", ".", "..")
     named = named and config.name.isprintable() and len(config.name.encode()) <= 200
     require(named, "name", "must be a plain name of at most 200 bytes")
+
+
+def _validate_teachers(config: Config, require: Callable[[object, str, str], None]) -> None:
+    scoring = config.scoring
+    for key in ("temperature", "id_temperature"):
+        temperature = getattr(scoring, key)
+        valid = math.isfinite(temperature) and temperature > 0
+        require(valid, f"scoring.{key}", "must be finite and > 0")
+    require(0 <= scoring.uniform_share < 1, "scoring.uniform_share", "must lie in [0, 1)")
+    as_it_is = {"temperature": 1.0, "id_temperature": 1.0, "uniform_share": 0.0}
+    for key, value in as_it_is.items():  # the whole distribution is reshaped
+        plain = scoring.backend == "hf" or getattr(scoring, key) == value
+        require(plain, f"scoring.{key}", "needs scoring.backend=hf")
+    for name, path in config.teachers.items():
+        require(name.strip() and path.strip(), f"teachers.{name}", "give a name and a checkpoint")
 
 
 def describe_keys(schema: type) -> list[tuple[str, str, str]]:

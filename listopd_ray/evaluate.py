@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from listopd_ray.config import RolloutConfig
+from listopd_ray.config import Config, max_num_seqs
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.splits import Split
 from listopd_ray.task.contract import TokenText, judge
@@ -54,9 +54,9 @@ class InChunks:
         return parts
 
 
-def chunk_size(config: RolloutConfig) -> int:
+def chunk_size(config: Config) -> int:
     """Prompts: each worker has its engine full four times over."""
-    return 4 * config.max_num_seqs * config.num_workers
+    return 4 * max_num_seqs(config) * config.rollout.num_workers
 
 
 def evaluate(

@@ -10,22 +10,24 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayError
 
 from listopd_ray.checkpoint import Files, writing
-from listopd_ray.model_files import ModelFiles, model_files
 from listopd_ray.models import write_files
 from listopd_ray.roles.rollout import Generated, Request
 from listopd_ray.roles.teacher import Scored
 from listopd_ray.supervision import Faults, LearnerLost
 from listopd_ray.team import LOST, Team, Work, why_lost
 from listopd_ray.types import Inspection, ListopdError, Prompt
+
+CLOSE_TIMEOUT_S = 10.0
 
 
 class StartFailed(ListopdError):  # noqa: N818 - what happened, not what went wrong
@@ -60,6 +62,10 @@ class Workers:
         parts = enumerate(pairwise(bounds))
         return [start(index, low, high) for index, (low, high) in parts if high > low]
 
+    def ready(self, works: list[Work]) -> list[int]:
+        """Positions of those that are done, one at least: see `Team.ready`."""
+        return self._team.ready(works, block=True)
+
     def fetch(self, works: list[Work]) -> list[Generated]:
         """Wait for what `generate` started. What a worker that died had not finished is made again,
         with the same seeds, by one that has the current weights."""
@@ -73,65 +79,24 @@ class Workers:
         """Serve the weights that the engines were started with: there is no learner."""
         self._everywhere(lambda actor: actor.use_checkpoint.remote())
 
-    def load_weights(self, weights: Any) -> float:
-        """Load into every worker; the largest canary difference (nats).
+    def load_weights(self, weights: Any) -> dict[str, float]:
+        """Load into every worker; metrics of the slowest and the one that differs most.
 
         An engine in which that fails is replaced: half-loaded weights are never loaded over.
         """
-        return max(self._everywhere(lambda actor: actor.load_weights.remote(weights)))
+        loaded = self._everywhere(lambda actor: actor.load_weights.remote(weights))
+        return {
+            "sync/canary_max": max(each.canary_max for each in loaded),
+            "sync/bytes": float(loaded[0].num_bytes),
+            "time/publish_s": loaded[0].publish_seconds,
+            "time/load_s": max(each.load_seconds + each.canary_seconds for each in loaded),
+        }
 
     def _everywhere(self, call: Callable[[Any], Any]) -> list[Any]:
         team = self._team
         team.set_up = call
         works = [team.start(index, lambda a, _: call(a)) for index in range(len(team.actors))]
         return team.results(works, poisons=True)
-
-
-class TeacherPool:
-    """The teacher actors as one."""
-
-    def __init__(self, team: Team, base: ModelFiles | None = None) -> None:
-        self._team = team
-        self._base = base
-
-    def with_base(self, base_path: Path | None) -> TeacherPool:
-        """The same actors, for a run with this base (None: none)."""
-        return TeacherPool(self._team, model_files(base_path) if base_path else None)
-
-    def members(self) -> list[tuple[str, Any]]:
-        """As `Team.members`."""
-        return self._team.members()
-
-    def score(self, generated: Sequence[Generated]) -> list[Work]:
-        """Start scoring, each on one of the actors."""
-        base, count = self._base, len(self._team.actors)
-
-        def start(number: int, part: Generated) -> Work:
-            return self._team.start(number % count, lambda a, _: a.score.remote(part, base))
-
-        return [start(number, part) for number, part in enumerate(generated)]
-
-    def fetch(self, works: list[Work]) -> list[Scored]:
-        """Wait for what `score` started; what an actor that died had not finished is made again."""
-        return self._team.results(works)
-
-    def score_with(self, model_path: Path, generated: Sequence[Generated]) -> list[Scored]:
-        """Scores by every actor with another checkpoint in the teacher's place."""
-        model = model_files(model_path)
-
-        def start(index: int, part: Generated) -> Work:
-            return self._team.start(index, lambda a, _: a.score_with.remote(model, part))
-
-        indices = range(len(self._team.actors))
-        return self.fetch([start(index, part) for index in indices for part in generated])
-
-    def generate(
-        self, requests: list[Request], max_new_tokens: int, greedy: bool = False
-    ) -> Generated:
-        arguments = (requests, max_new_tokens, greedy)
-        work = self._team.start(0, lambda a, _: a.generate.remote(*arguments))
-        (generated,) = self._team.results([work])
-        return generated
 
 
 class LearnerHandle:
@@ -151,10 +116,19 @@ class LearnerHandle:
         several = len(self._ranks) > 1
         return [(f"learner {n}" if several else "learner", actor) for n, actor in self._members]
 
-    def step(self, scored: Sequence[Scored], lam: float, lr: float) -> dict[str, float]:
+    def step(
+        self,
+        scored: Sequence[Scored],
+        lam: float,
+        lr: float,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
+        """As `Learner.step`; `meanwhile` is called while the learner works."""
         if len(self._ranks) > 1:  # once into the object store, not once a rank
             scored = [ray.put(part) for part in scored]
-        return self._call("step", lam, lr, *scored)
+        steps = [rank.step.remote(lam, lr, *scored) for rank in self._ranks]
+        meanwhile()
+        return self._wait(steps)[0]
 
     def inspect(self) -> Inspection:
         return self._call("inspect")
@@ -167,6 +141,12 @@ class LearnerHandle:
         weights, *others = [rank.publish_weights.remote() for rank in self._ranks]
         self._wait([*others, self._ranks[0].__ray_ready__.remote()])  # calls are done in order
         return weights
+
+    def close(self) -> None:
+        """Remove the files of its weights, if it still can: else the next learner of the run does.
+        The last call."""
+        with suppress(RayError):
+            ray.get(self._ranks[0].close.remote(), timeout=CLOSE_TIMEOUT_S)
 
     def save(self, url: str) -> Files:
         return self._call("save", url)

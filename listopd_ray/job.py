@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from listopd_ray.cluster import Cluster, launch, serve
 from listopd_ray.config import CliffConfig, Config, learner_scores_base, run_directory
 from listopd_ray.evaluate import InChunks, chunk_size, evaluate
 from listopd_ray.gauges import Gauges
-from listopd_ray.handles import LearnerHandle, TeacherPool, make_requests
+from listopd_ray.handles import LearnerHandle, make_requests
 from listopd_ray.models import end_ids, load_tokenizer, model_hash
 from listopd_ray.prepare import Prepared, prepare, serving_arguments
 from listopd_ray.report import REPORT, close_with_report
@@ -31,6 +32,7 @@ from listopd_ray.steering import check_prediction, read_prediction
 from listopd_ray.supervision import LearnerLost
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import dataset_hash
+from listopd_ray.teacher_pool import TeacherPool
 from listopd_ray.timeline import traced
 from listopd_ray.tracking import (
     Run,
@@ -130,6 +132,7 @@ def finished_summary(config: Config) -> dict[str, Any]:
     for name, model in (("warm_start", config.student), ("teacher", config.teacher)):
         if model.path and model.warmstart.num_steps == 0:  # taken as it is
             now[name] = model_hash(model.path)
+    now |= {f"teachers.{name}": model_hash(path) for name, path in config.teachers.items()}
     before = {name: hashes[name] for name in now if name in hashes}
     check_same(f"{run_directory(config)}: made from other data or models", before, now)
     return summary
@@ -153,7 +156,7 @@ def evaluate_checkpoint(model: str, config: Config) -> dict[str, Any]:
         serve(config, **serving_arguments(model, config, tokenizer, split)) as workers,
         progress_bar("evaluate", 2 * num_prompts, unit="output", delay=2.0) as bar,
     ):
-        sampler = InChunks(workers, chunk_size(config.rollout), bar)
+        sampler = InChunks(workers, chunk_size(config), bar)
         result, _ = evaluate(sampler, split, text, num_prompts)
     return result
 
@@ -175,8 +178,13 @@ def distill(
         digest = hashlib.sha256(Path(config.prediction).read_bytes()).hexdigest()
     hashes = prepared.hashes | ({"prediction": digest} if digest else {})
     reports = [report] if report else []
-    with Gauges(config) as gauges, Run(config, hashes, gauges.show, *reports) as run:
-        learner = cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
+    with (
+        Gauges(config) as gauges,
+        Run(config, hashes, gauges.show, *reports) as run,
+        closing(
+            cluster.start_learner(config, prepared.student_path, prepared.canary_ids)
+        ) as learner,
+    ):
         workers = cluster.workers.with_seed(config.seed)
         has_base = not learner_scores_base(config)
         scorer = cluster.teacher.with_base(prepared.base_path if has_base else None)

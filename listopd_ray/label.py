@@ -62,7 +62,7 @@ def label(config: Config, model: Path, out: Path) -> dict[str, Any]:
     arguments = serving_arguments(str(model), config, tokenizer, split)
     with serve(config, **arguments) as workers:
         text = TokenText(tokenizer, arguments["end_ids"])
-        labelled, dropped = label_examples(workers, split, text, chunk_size(config.rollout))
+        labelled, dropped = label_examples(workers, split, text, chunk_size(config))
     if not labelled:
         raise ListopdError(f"{model}: no greedy output keeps the contract: {dropped}")
     meta = {"source": "label", "model": model_hash(model), "data": dataset_hash(data)}

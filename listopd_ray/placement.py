@@ -40,7 +40,9 @@ def bundles_of(config: Config, *, with_teachers: bool = True) -> list[Bundle]:
 
 
 def teacher_bundles(config: Config) -> list[Bundle]:
-    return [_bundle("scoring", config.scoring)] * config.scoring.num_actors
+    """Those of the default teacher first, then of each further one."""
+    num_teachers = 1 + len(config.teachers)
+    return [_bundle("scoring", config.scoring)] * (num_teachers * config.scoring.num_actors)
 
 
 def _bundle(role: str, config: RolloutConfig | TeacherActorConfig | LearnerConfig) -> Bundle:

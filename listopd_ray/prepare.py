@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from listopd_ray.models import check_same_tokenizer, end_ids, load_tokenizer, mo
 from listopd_ray.splits import Split, answer_ids, answer_length, data_directory, load_split
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import dataset_hash
-from listopd_ray.types import ListopdError
+from listopd_ray.types import Example, ListopdError
 from listopd_ray.warmstart import warm_start
 
 
@@ -25,6 +26,7 @@ class Prepared:
     evaluation: Split
     student_path: Path
     teacher_path: Path
+    teachers: Mapping[str, Path] = field(default_factory=dict)  # the further ones, by name
     base_path: Path | None  # None: no step of the run needs a base
     text: TokenText
     end_ids: tuple[int, ...]
@@ -39,6 +41,7 @@ class Prepared:
         return dict(
             student_path=self.student_path,
             teacher_path=self.teacher_path,
+            teachers=self.teachers,
             end_ids=self.end_ids,
             max_prompt_tokens=max(longest, len(self.canary_ids)),
             max_new_tokens=self.max_new_tokens,
@@ -58,6 +61,7 @@ def prepare(config: Config) -> Prepared:
         )
     data = data_directory(config)
     given = {"student": config.student.path, "teacher": config.teacher.path}
+    given |= {f"teachers.{name}": path for name, path in config.teachers.items()}
     if needs_base(config):
         given["base"] = config.base.path
     # Before minutes go into warm starts.
@@ -66,14 +70,18 @@ def prepare(config: Config) -> Prepared:
     base_path = None
     if needs_base(config):
         base_path = Path(config.base.path) if config.base.path else student_path
+    teachers = {name: Path(path) for name, path in config.teachers.items()}
     roles = {"student": student_path, "teacher": teacher_path}
+    roles |= {f"teachers.{name}": path for name, path in teachers.items()}
     check_same_tokenizer(roles | ({"base": base_path} if base_path else {}))
     tokenizer = load_tokenizer(student_path)
     train = load_split(config, "train", tokenizer)
     evaluation = load_split(config, "eval", tokenizer)
+    check_teachers(config, (*train.examples, *evaluation.examples))
     answer = answer_ids(tokenizer, train.examples[0])
     longest = answer_length(tokenizer, (*train.examples, *evaluation.examples))
     models = {"warm_start": student_path, "teacher": teacher_path, "base": base_path}
+    models |= {f"teachers.{name}": path for name, path in teachers.items()}
     hashes = {"data": dataset_hash(data)}
     hashes |= {name: model_hash(path) for name, path in models.items() if path is not None}
     return Prepared(
@@ -81,6 +89,7 @@ def prepare(config: Config) -> Prepared:
         evaluation=evaluation,
         student_path=student_path,
         teacher_path=teacher_path,
+        teachers=teachers,
         base_path=base_path,
         text=TokenText(tokenizer, end_ids(student_path, tokenizer)),
         end_ids=end_ids(student_path, tokenizer),
@@ -88,6 +97,16 @@ def prepare(config: Config) -> Prepared:
         canary_ids=np.concatenate([train.prompts[0].token_ids, answer]).astype(np.int32),
         hashes=hashes,
     )
+
+
+def check_teachers(config: Config, examples: Iterable[Example]) -> None:
+    """Raises ListopdError for an example that asks for a teacher which is not there."""
+    for example in examples:
+        if example.teacher is not None and example.teacher not in config.teachers:
+            known = ", ".join(sorted(config.teachers)) or "none"
+            raise ListopdError(
+                f"teachers: example {example.id!r} asks for {example.teacher!r}; there: {known}"
+            )
 
 
 def serving_arguments(model: str, config: Config, tokenizer: Any, split: Split) -> dict[str, Any]:

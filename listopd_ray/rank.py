@@ -45,7 +45,7 @@ def rank(model: str, config: RankConfig) -> None:
         serve(config, **serving_arguments(model, config, tokenizer, split)) as workers,
         progress_bar("rank", len(split.prompts), unit="prompt", delay=2.0) as bar,
     ):
-        sampler = InChunks(workers, chunk_size(config.rollout), bar)
+        sampler = InChunks(workers, chunk_size(config), bar)
         parts = sampler.fetch(sampler.generate(split.prompts, "rank", greedy=config.greedy))
     judged = [judge_rollout(rollout, text) for part in parts for rollout in part.rollouts]
     rows = [

@@ -23,10 +23,11 @@ from ray.util import ActorPool
 
 from listopd_ray.cluster import Cluster, SharedTeachers
 from listopd_ray.config import Config, needs_base
-from listopd_ray.handles import LearnerHandle, TeacherPool, Workers
+from listopd_ray.handles import LearnerHandle, Workers
 from listopd_ray.placement import beside_driver, bundles_of, check_room, teacher_bundles
 from listopd_ray.prepare import Prepared, prepare
 from listopd_ray.supervision import Faults
+from listopd_ray.teacher_pool import TeacherPool
 from listopd_ray.tracking import progress_bar
 from listopd_ray.types import ListopdError, last_line
 
@@ -120,11 +121,13 @@ class SlotKeeper:
         `holder`: a name for this trial alone."""
         start = time.perf_counter()
         arguments = dict(arguments)
-        teacher_path = arguments.pop("teacher_path")
-        teacher = (teacher_path, config.scoring, config.learner.dtype, config.device)
+        teachers = (arguments.pop("teacher_path"), arguments.pop("teachers"))
+        lengths = (arguments["max_prompt_tokens"], arguments["max_new_tokens"])
+        engine = (lengths, config.sync) if config.scoring.backend == "vllm" else None
+        teacher = (teachers, config.scoring, config.learner.dtype, config.device, engine)
         fixed = {name: value for name, value in arguments.items() if name != "student_path"}
         learner = (bundles_of(config)[0], config.learner.num_ranks, config.learner.dtype)
-        wanted = (fixed, config.rollout, learner, config.sync, config.device)
+        wanted = (fixed, config.rollout, learner, config.sync, config.lora, config.device)
         run = (config.out, config.name, config.seed)  # never twice at once
         with self._changed:
             self._changed.wait_for(lambda: self._is_turn_of(run, teacher))
@@ -135,7 +138,7 @@ class SlotKeeper:
             self._teacher_in_use = teacher
         sound = False
         try:
-            pool = self._shared_teachers(config, teacher_path, teacher)
+            pool = self._shared_teachers(config, (*teachers, lengths), teacher)
             if is_new := not slot.fits(wanted):
                 slot.drop()
                 slot.cluster = Cluster(config, teacher_path=None, supervised=False, **arguments)
@@ -199,13 +202,16 @@ class SlotKeeper:
         slot.holder, slot.run, slot.is_building = None, None, False
         self._changed.notify_all()
 
-    def _shared_teachers(self, config: Config, teacher_path: Path, wanted: Any) -> TeacherPool:
-        """One set for all slots; made anew for another teacher, and where one of them has died."""
+    def _shared_teachers(
+        self, config: Config, arguments: tuple[Any, ...], wanted: Any
+    ) -> TeacherPool:
+        """One set for all slots; made anew for other teachers, and where one of them has died.
+        `arguments` as for `SharedTeachers`."""
         with self._teacher_lock:
             if self._teachers is None or self._teachers_for != wanted or not _alive(self._teachers):
                 if self._teachers is not None:
                     self._teachers.shutdown()
-                self._teachers = SharedTeachers(config, teacher_path, num_bases=len(self._slots))
+                self._teachers = SharedTeachers(config, len(self._slots), *arguments)
                 self._teachers.wait_until_ready()
                 self._teachers_for = wanted
             return self._teachers.pool
@@ -275,8 +281,8 @@ def prepared_for(config: Config) -> Prepared:
     """`prepare`, kept for this process's next trial of the same seed, data and models."""
     global _last
     inputs = (config.seed, config.data, config.task, config.tokenizer, needs_base(config))
-    models = (config.student, config.teacher, config.base, config.rollout.max_new_tokens)
-    key = repr((inputs, models))
+    models = (config.student, config.teacher, config.teachers, config.base)
+    key = repr((inputs, models, config.rollout.max_new_tokens))
     if _last is None or _last[0] != key:
         _last = (key, prepare(config))
     return _last[1]

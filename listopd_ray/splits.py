@@ -68,7 +68,10 @@ def encode_rows(config: Config, tokenizer: Any, read: Callable[[Reject], list[Ex
         return f"prompt of {len(ids)} tokens (limit {limit})" if len(ids) > limit else None
 
     examples = read(too_long)
-    prompts = [Prompt(id=e.id, token_ids=encoded[e.id], num_items=len(e.items)) for e in examples]
+    prompts = [
+        Prompt(id=e.id, token_ids=encoded[e.id], num_items=len(e.items), teacher=e.teacher)
+        for e in examples
+    ]
     return Split(examples=examples, prompts=prompts)
 
 

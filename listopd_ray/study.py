@@ -326,7 +326,8 @@ def _distinct_inputs(config: StudyConfig, curves: dict[str, Curve]) -> Iterator[
     seen = set()
     for name, curve in curves.items():
         for trial in _trials(config, name, curve, [1.0]):
-            key = repr((trial.seed, trial.data, trial.task, trial.student, trial.teacher))
+            inputs = (trial.seed, trial.data, trial.task, trial.student, trial.teacher)
+            key = repr((inputs, trial.teachers))
             if key not in seen:
                 seen.add(key)
                 yield trial

@@ -43,6 +43,7 @@ class Work:
     actor: Any
     reference: Any
     attempt: int = 0
+    waited_s: float = 0.0  # for this attempt, before `results` was asked
 
 
 class Team:
@@ -72,6 +73,24 @@ class Team:
         actor = self.actors[index]
         return Work(index, call, actor, call(actor, 0))
 
+    def ready(self, works: Sequence[Work], *, block: bool) -> list[int]:
+        """Positions of those whose call has ended, however it did; with `block` at least one: the
+        first to end, or where none does in time, one for `results` to deal with."""
+        start = time.monotonic()
+        references = {work.reference: number for number, work in enumerate(works)}
+        while True:
+            done, _ = ray.wait(list(references), num_returns=len(references), timeout=0)
+            if not done and block:
+                check_interrupt()
+                left = min(self._faults.timeout_s - work.waited_s for work in works)
+                done, _ = ray.wait(list(references), timeout=max(0.0, min(LOOK_S, left)))
+                for work in works:
+                    work.waited_s += time.monotonic() - start
+                start = time.monotonic()
+                done = done or ([works[0].reference] if left <= 0 else [])
+            if done or not block:
+                return sorted(references[reference] for reference in done)
+
     def results(self, works: Sequence[Work], *, poisons: bool = False) -> list[Any]:
         """Of all, in order; `poisons`: an actor whose call fails is not to be used again."""
         return [self._result(work, poisons) for work in works]
@@ -79,7 +98,7 @@ class Team:
     def _result(self, work: Work, poisons: bool) -> Any:
         while True:
             try:
-                return wait(work.reference, self._faults.timeout_s)
+                return wait(work.reference, self._faults.timeout_s - work.waited_s)
             except LOST as error:
                 self._replace(work, why_lost(error))
             except RayError as error:
@@ -87,7 +106,7 @@ class Team:
                     raise
                 self._replace(work, f"failed: {last_line(error)}")
             work.actor = self.actors[work.index]
-            work.attempt += 1
+            work.attempt, work.waited_s = work.attempt + 1, 0.0
             work.reference = work.call(work.actor, work.attempt)
 
     def _replace(self, work: Work, why: str) -> None:

@@ -43,7 +43,9 @@ GATE_PROMPTS = 16
 
 
 class RolloutWorkers(Sampler, Protocol):
-    def load_weights(self, weights: Any) -> float: ...
+    def ready(self, works: list[Any]) -> list[int]: ...
+
+    def load_weights(self, weights: Any) -> dict[str, float]: ...
 
 
 class Scorer(Protocol):
@@ -55,7 +57,9 @@ class Scorer(Protocol):
 
 
 class LearnerRole(Protocol):
-    def step(self, scored: list[Scored], lam: float, lr: float) -> dict[str, float]: ...
+    def step(
+        self, scored: list[Scored], lam: float, lr: float, meanwhile: Callable[[], None]
+    ) -> dict[str, float]: ...
 
     def inspect(self) -> Inspection: ...
 
@@ -104,6 +108,7 @@ class Loop:
         self._batch: Batch | None = None  # for the next update, under way
         self._unfinished: dict[str, float] | None = None  # metrics of an update without its row
         self._score: float | None = None  # of an evaluation at this step
+        self._stop: ListopdError | None = None  # what came while the learner worked
         self._kept: Any = None  # (step, whether it is finished) of the newest checkpoint
         self._start = time.perf_counter()  # of the turn
         self._fresh = self._state()
@@ -143,6 +148,8 @@ class Loop:
         with self._span("turn", step=self._step):
             if self._unfinished is None:
                 self._unfinished = self._update()
+                if self._stop is not None:
+                    raise self._stop
             self._finish(self._unfinished)
 
     def _recover(self, error: Exception) -> None:
@@ -170,18 +177,18 @@ class Loop:
         batch = self._batch = self._batch or self._sample(self._step)
         generated = self._fetch(batch)
         metrics = queue_metrics(batch, time.perf_counter())
-        scoring = self._teacher.score(generated)
         is_last = self._step + 1 == config.num_steps
         upcoming = self._sample(self._step + 1) if config.max_staleness and not is_last else None
         lam = self._steering.lam(self._step)
         lr = schedule_value(config.lr_schedule, config.lr, self._step, config.num_steps)
         metrics |= {"train/lam": lam, "train/lr": lr} | contract_metrics(generated, self._data.text)
         with self._span("wait for scores"):
-            scores = self._teacher.fetch(scoring)
+            scores = self._teacher.fetch(batch.scores())
         scored, dropped = admit(generated, scores, self._step, config.max_staleness)
         metrics |= fault_metrics(generated, dropped, config.faults.max_dropped)
         with self._span("learn"):
-            metrics |= self._learner.step(scored, lam, lr)
+            ahead = functools.partial(self._fetch_ahead, upcoming)
+            metrics |= self._learner.step(scored, lam, lr, ahead)
         self._step, self._score = self._step + 1, None
         self._ledger.commit(self._step, generated, dropped)
         if self._is_due(config.evaluation.every):
@@ -193,7 +200,7 @@ class Loop:
 
     def _finish(self, metrics: dict[str, float]) -> None:
         config, step, start = self._config, self._step, time.perf_counter()
-        metrics["sync/canary_max"] = self._sync()
+        metrics |= self._sync()
         now = time.perf_counter()
         metrics |= {"time/sync_s": now - start, "time/step_s": now - self._start}
         metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/step_s"]
@@ -222,7 +229,9 @@ class Loop:
         self._kept = (self._step, self._unfinished is None) if state is not self._fresh else None
         in_flight = from_json(state["in_flight"], self._data.train.prompts)
         self._batch = (
-            Batch(state["prompts"], state["prompts"], [], in_flight) if in_flight else None
+            Batch(state["prompts"], state["prompts"], [], dict(enumerate(in_flight)))
+            if in_flight
+            else None
         )
         self._ledger.begin(self._step)
         self._bar.update(self._step - self._bar.n)
@@ -259,8 +268,8 @@ class Loop:
             self._run.save(self._step, self._learner, self._state(), **marks)
         self._kept = (self._step, self._unfinished is None)
 
-    def _sync(self) -> float:
-        """The learner's weights into every worker; the largest canary difference."""
+    def _sync(self) -> dict[str, float]:
+        """The learner's weights into every worker; metrics of that."""
         with self._span("publish"):
             weights = self._learner.publish_weights()
         with self._span("load_weights"):
@@ -273,10 +282,28 @@ class Loop:
         return Batch(before, self._prompts.state(), works, asked=asked)
 
     def _fetch(self, batch: Batch) -> list[Generated]:
-        if not batch.generated:
-            with self._span("wait for rollouts"):
-                batch.generated = self._workers.fetch(batch.works)
-        return batch.generated
+        with self._span("wait for rollouts"):
+            while len(batch.scoring) < max(len(batch.works), len(batch.parts)):
+                self._collect(batch)
+        return [batch.parts[number] for number in sorted(batch.parts)]
+
+    def _fetch_ahead(self, batch: Batch | None) -> None:
+        """While the learner works: the teacher gets the next samples as soon as they are there. The
+        update is completed, whatever happens meanwhile."""
+        try:
+            if batch is not None:
+                self._fetch(batch)
+        except (LimitReached, Interrupted) as error:
+            self._stop = error
+
+    def _collect(self, batch: Batch) -> None:
+        """Wait for a part at least that is not in yet; the teacher gets each at once."""
+        left = [number for number in range(len(batch.works)) if number not in batch.parts]
+        works = [batch.works[number] for number in left]
+        for position in self._workers.ready(works) if works else []:
+            (batch.parts[left[position]],) = self._workers.fetch([works[position]])
+        for number in sorted(set(batch.parts) - set(batch.scoring)):
+            batch.scoring[number] = self._teacher.score([batch.parts[number]])
 
     def _assess(self) -> tuple[dict[str, Any], dict[str, float]]:
         data, num_prompts = self._data, self._config.evaluation.num_prompts
@@ -289,13 +316,18 @@ class Loop:
 
 @dataclass
 class Batch:
-    """The samples of one update."""
+    """The samples of one update, in parts: a worker's share each."""
 
     before: dict[str, Any]  # state of the prompt stream before its prompts were taken
     after: dict[str, Any]
-    works: list[Any]  # under way
-    generated: list[Generated] = field(default_factory=list)  # once they are done
+    works: list[Any]  # what samples each part; none for a batch out of a checkpoint
+    parts: dict[int, Generated] = field(default_factory=dict)  # by number, once they are done
+    scoring: dict[int, list[Any]] = field(default_factory=dict)  # what scores each part
     asked: float | None = None  # s, when they were; None: by a process before, another clock
+
+    def scores(self) -> list[Any]:
+        """What scores all parts, in their order."""
+        return [work for number in sorted(self.scoring) for work in self.scoring[number]]
 
 
 def queue_metrics(batch: Batch, now: float) -> dict[str, float]:
@@ -303,7 +335,7 @@ def queue_metrics(batch: Batch, now: float) -> dict[str, float]:
     after. Nothing for a batch out of a checkpoint: it lay there while nobody ran."""
     if batch.asked is None:
         return {}
-    seconds = max(part.seconds for part in batch.generated)
+    seconds = max(part.seconds for part in batch.parts.values())
     return {"time/queue_wait_s": max(0.0, now - batch.asked - seconds)}
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 FinishReason = Literal["stop", "length"]
+SyncMethod = Literal["object_store", "directory", "adapter"]
 StrPath = str | os.PathLike[str]
 
 
@@ -55,6 +56,7 @@ class Example:
     query: str
     items: tuple[Item, ...]
     relevance: tuple[float, ...]  # [K] gains, ≥ 0, in the order of `items`
+    teacher: str | None = None  # name of the teacher that scores it; None: the default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,6 +66,7 @@ class Prompt:
     id: str  # of the example
     token_ids: np.ndarray  # [P] int32
     num_items: int  # K
+    teacher: str | None = None  # as of the example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -84,7 +87,9 @@ class ScoredRollout:
 
     The base fields are None where no base model was loaded. `*_unused_mass` is the probability of
     any item id not used yet (the part of the contract that forbids repeats): NaN but where the
-    first token of an id is due.
+    first token of an id is due. The teacher's is NaN throughout with `scoring.backend: vllm`, which
+    tells only the most likely tokens. The support leaves out special tokens but for those that end
+    a completion.
     """
 
     rollout: Rollout
@@ -98,22 +103,39 @@ class ScoredRollout:
     base_unused_mass: np.ndarray | None  # [T] float32
     support_ids: np.ndarray | None = None  # [T, S] int32, the teacher's S most likely tokens
     support_logprobs: np.ndarray | None = None  # [T, S] float32, teacher
-    base_support_logprobs: np.ndarray | None = None  # [T, S] float32, base on the same tokens
+    base_support_logprobs: np.ndarray | None = None  # [T, S] float32, base on `support_ids`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Weights:
-    """The student's weights at one version: learner → every rollout worker.
+    """The student at one version: learner → every rollout worker.
 
-    Tensors are numpy arrays so that readers map them from the object store without a copy;
-    bfloat16 travels as its uint16 bit pattern.
+    Its tensors themselves, as numpy arrays so that readers map them from the object store without a
+    copy (bfloat16 travels as its uint16 bit pattern), or the directory that holds them.
     """
 
     policy_version: int
-    tensors: dict[str, np.ndarray]  # Hugging Face checkpoint names, `lm_head.weight` included
+    method: SyncMethod = "object_store"
+    # Hugging Face checkpoint names, `lm_head.weight` included.
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)  # empty but for object_store
+    path: str | None = None  # directory: of a checkpoint's tensors; adapter: of PEFT
+    files: dict[str, int] = field(default_factory=dict)  # of `path`: bytes by name
     dtype: Literal["float32", "bfloat16"]
     canary_ids: np.ndarray  # [L] int32, a fixed sequence
     canary_logprobs: np.ndarray  # [L − 1] float32, the learner's, of tokens 1 … L − 1
+    num_bytes: int = 0  # of tensors or files
+    seconds: float = 0.0  # that publishing took
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What one rollout worker says of the weights that it has loaded."""
+
+    canary_max: float  # nats; the largest difference to the learner
+    num_bytes: int
+    publish_seconds: float
+    load_seconds: float
+    canary_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,7 +77,7 @@ class FakeWorkers:
     def load_weights(self, weights):
         self._weights = weights
         self._events.append(("load_weights", weights["policy_version"]))
-        return 0.0
+        return {"sync/canary_max": 0.0}
 
     def generate(self, prompts, tag, *, group_size=1, greedy=False):
         self._events.append(("generate", tag))
@@ -102,6 +102,9 @@ class FakeWorkers:
         half = (len(rollouts) + 1) // 2  # as of two workers
         parts = [part for part in (rollouts[:half], rollouts[half:]) if part]
         return [Reference(Generated(rollouts=tuple(part), seconds=0.0)) for part in parts]
+
+    def ready(self, works):
+        return list(range(len(works)))
 
     def fetch(self, works):
         return [reference.value for reference in works]
@@ -146,7 +149,7 @@ class FakeLearner:
         self.completions = [0, 1, 2, 3] if self._cliff is None else [0, 1]  # of `FakeWorkers`
         self.policy_version = 0
 
-    def step(self, scored, lam, lr):
+    def step(self, scored, lam, lr, meanwhile):
         if self.policy_version == self._fail_at:
             raise Interrupted
         self._events.append(("learner.step", self.policy_version))
@@ -159,6 +162,7 @@ class FakeLearner:
         if self._cliff is not None and lam > self._cliff:
             self.completions = [2, 3]
         self.policy_version += 1
+        meanwhile()
         return {
             "kl/reverse": 1.0 / (1.0 + self.theta),
             "rollout/staleness": float(max(self.staleness[-1])),

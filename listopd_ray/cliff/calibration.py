@@ -66,8 +66,9 @@ def measure(scored: Sequence[ScoredRollout]) -> Masses:
         for token_class, name in zip(CONTRACT_CLASSES, names, strict=True):
             add(name, row, pair[:, part.token_classes == token_class])
         unused = np.array([part.teacher_unused_mass, part.base_unused_mass]).clip(max=1.0)
-        ids = np.flatnonzero(~np.isnan(unused[0]))
-        add(UNUSED_ID, row, unused[:, ids])
+        ids = np.flatnonzero(~np.isnan(unused[1]))
+        known = ids[~np.isnan(unused[0, ids])]  # not every teacher tells
+        add(UNUSED_ID, row, unused[:, known])
         for first in ids[:1]:
             add(FIRST_ID, row, pair[:, [first]])
             log_ratios.append((row, part.teacher_logprobs[first] - part.base_logprobs[first]))

@@ -9,12 +9,15 @@ N completion tokens · H hidden size · V vocabulary · S tokens asked for at ea
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from listopd_ray.roles.batching import Batch
+
+MIB = 1 << 20
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -30,9 +33,19 @@ def token_logprobs(
 
     Differentiable in `hidden` [N, H] and `weight` [V, H].
     """
-    rows = max(1, (logits_mib << 20) // (4 * weight.shape[0]))
+    rows = max(1, logits_mib * MIB // (4 * weight.shape[0]))
     with torch.autocast(hidden.device.type, enabled=False):
         return _TokenLogprobs.apply(hidden, weight, token_ids, rows)
+
+
+def logits_by_chunk(
+    hidden: torch.Tensor, weight: torch.Tensor, logits_mib: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Float32 logits [n, V] of the positions of `hidden` [N, H], n at a time; for scoring alone."""
+    rows = max(1, int(logits_mib * MIB) // (4 * weight.shape[0]))
+    inputs, head = _operands(hidden, weight)
+    for start in range(0, len(inputs), rows):
+        yield slice(start, start + rows), _logits(inputs[start : start + rows], head)
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from listopd_ray.checkpoint import CorruptCheckpoint, Files, digests, fetched, staged
 from listopd_ray.config import Config, learner_scores_base
-from listopd_ray.models import read_files
-from listopd_ray.roles.batching import collate, collate_rollouts, micro_batches
+from listopd_ray.models import end_ids, load_tokenizer, read_files
+from listopd_ray.roles.batching import Batch, collate, collate_rollouts, micro_batches
 from listopd_ray.roles.losses import TokenScores, Update
+from listopd_ray.roles.publisher import Publisher
 from listopd_ray.roles.ranks import Ranks, fill, whole
+from listopd_ray.roles.scoring import Contract
 from listopd_ray.roles.student import Student
 from listopd_ray.roles.teacher import Scored
 from listopd_ray.roles.update_metrics import update_metrics
-from listopd_ray.roles.weights import to_numpy
 from listopd_ray.types import Histogram, Inspection, ListopdError, ScoredRollout, StrPath, Weights
 
 # Per-token columns of a batch, and the fields of `ScoredRollout` they come from.
@@ -55,14 +56,20 @@ class Learner:
         *,
         student_path: StrPath,
         canary_ids: np.ndarray,
+        sync_directory: Path | None = None,
         rank: int = 0,
         meeting_point: str = "",
     ) -> None:
-        """`meeting_point`: of the ranks, see `Ranks.join`."""
+        """`sync_directory`: see `Publisher`; `meeting_point`: of the ranks, see `Ranks.join`."""
         self._config = config
         self._device = config.device
         self._ranks = Ranks.join(rank, config.learner.num_ranks, meeting_point, config.device)
+        tokenizer = load_tokenizer(student_path)
         self._student = Student(student_path, config, self._ranks)
+        self._publisher = Publisher(
+            self._student, config.sync.method, sync_directory, is_first=rank == 0
+        )
+        self._contract = Contract(tokenizer, end_ids(student_path, tokenizer))
         self._canary_ids = canary_ids
         self._optimizer = torch.optim.AdamW(
             self._student.trained(),
@@ -182,21 +189,16 @@ class Learner:
     @torch.no_grad()
     def publish_weights(self) -> Weights | None:
         """The weights for the rollout workers, from rank 0."""
+        start = time.perf_counter()
         batch = collate([self._canary_ids[:1]], [self._canary_ids[1:]], self._device)
         canary = self._student.logprobs(batch, batch.token_ids[:, None])[:, 0]
-        is_first, tensors = self._ranks.rank == 0, dict[str, np.ndarray]()
-        for name, tensor in self._student.tensors():
-            if is_first:
-                tensors[name] = to_numpy(tensor.to("cpu", copy=True))
-        if not is_first:
-            return None
-        return Weights(
-            policy_version=self.policy_version,
-            tensors=tensors,
-            dtype=self._config.learner.dtype,
-            canary_ids=self._canary_ids,
-            canary_logprobs=canary.cpu().numpy(),
+        return self._publisher.publish(
+            self.policy_version, self._canary_ids, canary.cpu().numpy(), since=start
         )
+
+    def close(self) -> None:
+        """Remove the files of its weights."""
+        self._publisher.close()
 
     def save(self, url: str) -> Files | None:
         """Weights, optimizer and version; the digests of the files, from rank 0. There is no other
@@ -289,9 +291,9 @@ class Learner:
         ids = torch.cat([part.long() for part in asked], dim=1)
         logprobs = self._student.logprobs(batch, ids)
         if learner_scores_base(self._config):
-            base = self._student.base_logprobs(batch, ids).cpu().numpy()
-            columns |= {"base": base[:, 0], "base_modal": base[:, 1]}
-            support |= {"base_support": base[:, 2:]} if support else {}
+            base = self._base_columns(batch, ids, rollouts)
+            support |= {"base_support": base.pop("base_support")} if support else {}
+            columns |= base
         given = {name: columns[name] for name in ("teacher", "sampler", "base") if name in columns}
         scores = TokenScores(
             learner=logprobs[:, 0],
@@ -302,9 +304,29 @@ class Learner:
         columns["learner"] = logprobs[:, 0].detach().cpu().numpy()
         columns["advantage"] = advantages.cpu().numpy()
         columns["student_modal"] = logprobs[:, 1].detach().cpu().numpy()
-        columns["is_first_id"] = np.concatenate([_first_id(r) for r in rollouts])
+        columns["is_first_id"] = _first_ids(rollouts, columns)
         columns["loss"] = np.full(1, loss.item(), dtype=np.float64)
         return loss, columns
+
+    def _base_columns(
+        self, batch: Batch, ids: torch.Tensor, rollouts: Sequence[ScoredRollout]
+    ) -> dict[str, np.ndarray]:
+        """The base's columns by the student without its adapter; `ids` [N, 2 + S]: sampled, modal,
+        support."""
+        places = self._contract.places([r.rollout for r in rollouts])
+        starts = np.zeros((len(ids), places.starts.shape[1]), dtype=np.int64)
+        starts[places.due] = places.starts.clip(min=0)
+        asked = torch.cat([ids, self._on_device(starts)], dim=1)
+        logprobs = self._student.base_logprobs(batch, asked).cpu().numpy()
+        base, unused = np.split(logprobs, [ids.shape[1]], axis=1)
+        mass = np.full(len(ids), np.nan, dtype=np.float32)
+        mass[places.due] = (np.exp(unused[places.due]) * (places.starts >= 0)).sum(axis=1)
+        return {
+            "base": base[:, 0],
+            "base_modal": base[:, 1],
+            "base_support": base[:, 2:],
+            "base_unused": mass,
+        }
 
     def _update(self, lam: float) -> Update:
         config = self._config
@@ -331,10 +353,11 @@ class Learner:
                 raise ListopdError(f"update {self.policy_version}: {name} scores are not finite")
 
 
-def _first_id(rollout: ScoredRollout) -> np.ndarray:
-    """[T] bool: where the first id of the answer is due."""
-    is_due = ~np.isnan(rollout.teacher_unused_mass)
-    return is_due & (np.cumsum(is_due) == 1)
+def _first_ids(rollouts: Sequence[ScoredRollout], columns: dict[str, np.ndarray]) -> np.ndarray:
+    """[n] bool: where the first id of an answer is due, as far as base or teacher say."""
+    is_due = ~np.isnan(columns.get("base_unused", columns["teacher_unused"]))
+    ends = np.cumsum([len(r.rollout.token_ids) for r in rollouts])
+    return np.concatenate([d & (np.cumsum(d) == 1) for d in np.split(is_due, ends[:-1])])
 
 
 def _columns(rollouts: Sequence[ScoredRollout], fields: dict[str, str]) -> dict[str, np.ndarray]:

@@ -8,9 +8,6 @@ vLLM's CPU backend changes torch for the process it lives in.
 
 from __future__ import annotations
 
-import functools
-import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from listopd_ray.config import RolloutConfig
-from listopd_ray.types import ListopdError, Prompt, Rollout, StrPath, Weights
+from listopd_ray.roles.packing import Packed, pack, unpack
+from listopd_ray.types import ListopdError, Loaded, Prompt, Rollout, StrPath, Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +33,15 @@ class Generated:
     seconds: float
     attempt: int = 0  # how often its requests were made before
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        packed = pack(self.rollouts) if self.rollouts else None
+        return _generated, (packed, self.seconds, self.attempt)
+
+
+def _generated(packed: Packed | None, seconds: float, attempt: int) -> Generated:
+    rollouts = unpack(packed) if packed else ()
+    return Generated(rollouts=rollouts, seconds=seconds, attempt=attempt)
+
 
 class RolloutWorker:
     """Owns one engine. Refuses to sample before the first `load_weights`."""
@@ -46,11 +53,14 @@ class RolloutWorker:
         model_path: StrPath,
         dtype: str,
         device: str,
+        max_num_seqs: int,
         end_ids: tuple[int, ...],
         max_prompt_tokens: int,
         max_new_tokens: int,
         tolerance: float,
+        adapter_rank: int = 0,
     ) -> None:
+        """`adapter_rank`: of the LoRA adapters that it will load over the checkpoint; 0: none."""
         self._policy_version: int | None = None
         self._tolerance = tolerance
         options: dict[str, Any] = dict(
@@ -58,28 +68,39 @@ class RolloutWorker:
             dtype=dtype,
             end_ids=end_ids,
             max_new_tokens=max_new_tokens,
+            adapter_rank=adapter_rank,
         )
         if config.backend == "vllm":
+            from listopd_ray.roles.vllm_engine import VllmEngine
+
             self._engine: Any = VllmEngine(
-                config, max_model_len=max_prompt_tokens + max_new_tokens, **options
+                config,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_prompt_tokens + max_new_tokens,
+                **options,
             )
         else:
             from listopd_ray.roles.hf_engine import HfEngine
 
-            self._engine = HfEngine(batch_size=config.max_num_seqs, device=device, **options)
+            self._engine = HfEngine(batch_size=max_num_seqs, device=device, **options)
 
     def use_checkpoint(self) -> None:
         """Serve the weights of the checkpoint itself, as version 0."""
         self._policy_version = 0
 
-    def load_weights(self, weights: Weights) -> float:
+    def load_weights(self, weights: Weights) -> Loaded:
         """Load `weights`, then compare the canary's log-probabilities with the learner's.
 
-        Returns the largest absolute difference in nats. Raises ListopdError above the tolerance:
-        names, order, a stale tied head or a stale cache show up here and nowhere else.
+        Raises ListopdError where one differs by more than the tolerance: names, order, a stale tied
+        head or a stale cache show up here and nowhere else.
         """
+        from listopd_ray.roles.weights import wait_for_files
+
+        start = time.perf_counter()
         self._policy_version = None  # a half-loaded engine must never serve
+        wait_for_files(weights)
         self._engine.load_weights(weights)
+        loaded = time.perf_counter()
         logprobs = self._engine.prompt_logprobs(weights.canary_ids)
         difference = float(np.abs(logprobs - weights.canary_logprobs).max())
         if not difference <= self._tolerance:  # NaN fails too
@@ -88,7 +109,13 @@ class RolloutWorker:
                 f"from the learner's by {difference:.2g} nats (sync.tolerance={self._tolerance:g})"
             )
         self._policy_version = weights.policy_version
-        return difference
+        return Loaded(
+            canary_max=difference,
+            num_bytes=weights.num_bytes,
+            publish_seconds=weights.seconds,
+            load_seconds=loaded - start,
+            canary_seconds=time.perf_counter() - loaded,
+        )
 
     def generate(
         self, requests: Sequence[Request], greedy: bool = False, attempt: int = 0
@@ -122,126 +149,3 @@ def make_rollout(request: Request, output: Completion, policy_version: int) -> R
         finish_reason="stop" if output.stopped else "length",
         policy_version=policy_version,
     )
-
-
-class VllmEngine:
-    """vLLM's `LLM` in this process."""
-
-    def __init__(
-        self,
-        config: RolloutConfig,
-        *,
-        model_path: StrPath,
-        dtype: str,
-        end_ids: tuple[int, ...],
-        max_new_tokens: int,
-        max_model_len: int,
-    ) -> None:
-        from vllm import LLM
-
-        self._end_ids = end_ids
-        self._max_new_tokens = max_new_tokens
-        self._grammar = config.grammar
-        options: dict[str, Any] = dict(
-            skip_tokenizer_init=not config.grammar,  # token ids go in and out
-            generation_config="vllm",  # no sampling defaults from the checkpoint
-            enforce_eager=True,
-            # A seeded request whose prompt is split over two steps fails on the CPU.
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=max(2048, max_model_len),
-            enable_prefix_caching=False,
-            kv_cache_memory_bytes=config.kv_cache_mib << 20,
-            disable_log_stats=True,
-            seed=0,
-            trust_remote_code=False,
-            load_format="safetensors",
-        )
-        if config.grammar:
-            options["structured_outputs_config"] = {"backend": "xgrammar"}
-        self._llm = LLM(
-            model=os.fspath(model_path),
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            **{**options, **config.engine},
-        )
-
-    def load_weights(self, weights: Weights) -> None:
-        from listopd_ray.roles.weights import torch_tensors
-
-        # The layerwise reload: the only path that re-packs the CPU backend's kernels.
-        self._llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": torch_tensors(weights)}
-        )
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("prefix cache still in use: cached states of the old weights remain")
-
-    def prompt_logprobs(self, token_ids: np.ndarray) -> np.ndarray:
-        from vllm import SamplingParams
-
-        params = SamplingParams(
-            max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
-        )
-        (output,) = self._llm.generate(
-            [{"prompt_token_ids": token_ids.tolist()}], params, use_tqdm=False
-        )
-        return _flat(output.prompt_logprobs, token_ids[1:].tolist(), skip=1)
-
-    def generate(self, requests: Sequence[Request], greedy: bool) -> list[Completion]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
-
-        def constraint(prompt: Prompt) -> Any:  # vLLM wants one object a request
-            return StructuredOutputsParams(grammar=contract_grammar(prompt.num_items))
-
-        params = [
-            SamplingParams(
-                temperature=0.0 if greedy else 1.0,
-                seed=request.seed,
-                max_tokens=self._max_new_tokens,
-                stop_token_ids=list(self._end_ids),
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-                structured_outputs=constraint(request.prompt) if self._grammar else None,
-            )
-            for request in requests
-        ]
-        prompts = [{"prompt_token_ids": r.prompt.token_ids.tolist()} for r in requests]
-        completions = []
-        for result in self._llm.generate(prompts, params, use_tqdm=False):
-            output = result.outputs[0]
-            token_ids = list(output.token_ids)
-            logprobs = _flat(output.logprobs, token_ids).tolist()
-            completions.append(Completion(token_ids, logprobs, output.finish_reason == "stop"))
-        return completions
-
-
-@functools.cache
-def contract_grammar(num_items: int) -> str:
-    """xgrammar's EBNF of the contract's JSON schema, spelled as `json.dumps` spells it.
-
-    vLLM's own `json=` constraint either lets whitespace run on without end wherever JSON has room
-    for it or, with `disable_any_whitespace`, allows no blank at all: `{"ranking": [3, 1, 2]}`, what
-    models are trained on, is then forbidden. That no item comes twice a JSON schema could say, but
-    xgrammar does not enforce it.
-    """
-    from xgrammar import Grammar
-
-    item = {"type": "integer", "minimum": 1, "maximum": num_items}
-    ranking = {"type": "array", "items": item, "minItems": num_items, "maxItems": num_items}
-    schema = {
-        "type": "object",
-        "properties": {"ranking": ranking},
-        "required": ["ranking"],
-        "additionalProperties": False,
-    }
-    return str(Grammar.from_json_schema(json.dumps(schema), any_whitespace=False))
-
-
-def _flat(flat: Any, token_ids: list[int], skip: int = 0) -> np.ndarray:
-    """One log-probability a position out of vLLM's flat lists, looked up by token id."""
-    starts = flat.start_indices[skip:]
-    if [flat.token_ids[start] for start in starts] != token_ids:
-        raise RuntimeError("vLLM's log-probabilities are not those of the tokens asked for")
-    return np.array([flat.logprobs[start] for start in starts], dtype=np.float32)

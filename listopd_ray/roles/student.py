@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import load_peft_weights
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
@@ -22,6 +23,7 @@ from listopd_ray.roles.ranks import Ranks, fill, whole
 from listopd_ray.types import ListopdError, StrPath
 
 ADAPTER = "default"  # PEFT's name for the only one
+ADAPTER_FILE = "adapter_model.safetensors"  # in a PEFT directory
 
 
 class Student:
@@ -30,7 +32,7 @@ class Student:
         self._device, self._ranks = config.device, ranks
         self._tokenizer = load_tokenizer(path)
         self.model = load_model(path, dtype=learner.dtype, device=config.device)
-        self.dtype = self.model.dtype
+        self.dtype_name = learner.dtype
         self._peft: PeftModel | None = None
         if config.lora.rank:
             torch.manual_seed(config.seed)  # every rank draws the same adapter
@@ -108,10 +110,10 @@ class Student:
 
     def write_adapter(self, directory: Path, adapter: dict[str, torch.Tensor]) -> None:
         """`adapter` as a PEFT directory."""
-        assert self._peft is not None
-        named = dict(self._peft.named_parameters())
-        state = {name: adapter[_peft_name(name)] for name in named if _peft_name(name) in adapter}
-        self._peft.save_pretrained(directory, state_dict=state)
+        assert self._peft is not None  # whose `save_pretrained` takes twenty times as long
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(adapter, directory / ADAPTER_FILE)
+        self._peft.peft_config[ADAPTER].save_pretrained(str(directory))
 
     def write_state(self, directory: Path, state: dict[str, torch.Tensor]) -> None:
         if self.has_adapter:
@@ -162,6 +164,7 @@ def _peft_name(name: str) -> str:
 
 def _with_adapter(model: PreTrainedModel, config: Config) -> PeftModel:
     lora = config.lora
+    names = {name for name, _ in model.named_parameters()}
     try:
         adapter = LoraConfig(
             r=lora.rank,
@@ -175,7 +178,18 @@ def _with_adapter(model: PreTrainedModel, config: Config) -> PeftModel:
         raise ListopdError(f"lora: {' '.join(str(error).split())}") from None
     if isinstance(model.get_output_embeddings(), LoraLayer):
         raise ListopdError("lora.target_modules: not the output head")
+    for name, module in model.named_modules():  # what `_merged` can merge
+        if isinstance(module, LoraLayer) and not _is_plain(module):
+            raise ListopdError(f"lora: {name} is adapted otherwise than a matrix by α/r · B·A")
+    kept = {name for name, _ in model.named_parameters() if ".lora_" not in name}
+    if wrong := {name.replace(".base_layer.", ".") for name in kept} ^ names:
+        raise ListopdError(f"lora: {min(wrong)}: its name is not that in the checkpoint")
     return peft
+
+
+def _is_plain(layer: LoraLayer) -> bool:
+    linear = isinstance(layer, Linear) and not layer.fan_in_fan_out
+    return linear and not layer.lora_variant and not layer.lora_bias[ADAPTER]
 
 
 def _set_mode(model: PreTrainedModel, config: LearnerConfig) -> None:
@@ -199,9 +213,11 @@ def _shard(forward: _Forward, device: str, count: int, config: LearnerConfig) ->
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in getattr(forward.model.base_model, "layers", []):
         fully_shard(layer, mesh=mesh, mp_policy=half if config.autocast else full)
-        layer.set_gradient_divide_factor(1.0)
     fully_shard(forward, mesh=mesh)
-    forward.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+    for module in forward.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
 
 
 def _merged(weight: torch.Tensor, layer: LoraLayer) -> torch.Tensor:

@@ -36,7 +36,7 @@ RANGES = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2, "qrandint"
 # What trials share, or what the search sets itself.
 FIXED = (
     *("name", "out", "cache", "device", "prediction", "tracking", "demo_seeds"),
-    *("data", "task", "tokenizer", "student", "teacher", "base", "warmstart_workers"),
+    *("data", "task", "tokenizer", "student", "teacher", "teachers", "base", "warmstart_workers"),
     *("rollout", "scoring", "sync", "learner.dtype", "learner.num_cpus", "learner.num_gpus"),
 )
 

@@ -146,7 +146,8 @@ class TokenText:
         self._texts: dict[int, str] = {}
 
     def pieces(self, token_ids: Sequence[int] | np.ndarray) -> list[str]:
-        return [self._piece(int(token_id)) for token_id in token_ids]
+        ids = token_ids.tolist() if isinstance(token_ids, np.ndarray) else map(int, token_ids)
+        return [self._texts.get(token_id) or self._piece(token_id) for token_id in ids]
 
     def ended(self, token_ids: Sequence[int] | np.ndarray) -> bool:
         """Whether the completion ends with the end of sequence."""
@@ -220,21 +221,23 @@ def scan(pieces: Sequence[str], num_items: int, ended: bool) -> Scan:
 
     An id that starts inside a token of another class has no first token.
     """
-    classes = np.full(len(pieces), TokenClass.STRAY, dtype=np.int8)
+    item_id = TokenClass.ITEM_ID  # an enum's attributes are slow
+    classes: list[TokenClass] = []
     unused: list[frozenset[int] | None] = [None] * len(pieces)
-    place = _Place(num_items=num_items, unused=frozenset(range(1, num_items + 1)))
+    place = _start(num_items)
     for position, piece in enumerate(pieces):
         if ended and position == len(pieces) - 1:
-            classes[position] = place.due()
-            keeps = False  # nothing may follow
+            token_class, keeps, following = place.due(), False, place  # nothing may follow
         else:
-            classes[position], keeps, following = _read(place, piece)
-        if classes[position] == TokenClass.ITEM_ID and place.expects_id:
+            token_class, keeps, following = _read(place, piece)
+        classes.append(token_class)
+        if place.expects_id and token_class == item_id:
             unused[position] = place.unused
         if not keeps:
             break
         place = following
-    return Scan(classes=classes, unused=unused)
+    classes += [TokenClass.STRAY] * (len(pieces) - len(classes))
+    return Scan(classes=np.array(classes, dtype=np.int8), unused=unused)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,6 +267,11 @@ class _Place:
         if self.num_ids == 0:
             return TokenClass.OPENING
         return TokenClass.SEPARATOR if self.num_ids < self.num_items else TokenClass.CLOSING
+
+
+@functools.lru_cache(maxsize=64)
+def _start(num_items: int) -> _Place:
+    return _Place(num_items=num_items, unused=frozenset(range(1, num_items + 1)))
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -1,7 +1,8 @@
 """Datasets on disk: what a ranking example must hold, splits, hashes, and the order of prompts.
 
 One JSON object a line: `id`, `query`, `items` (objects with `id` and `text`) and `relevance` (one
-gain for each item). Rows that do not hold this are set aside in a side file and counted.
+gain for each item); `teacher` may name the one that scores it (`teachers` of the configuration).
+Rows that do not hold this are set aside in a side file and counted.
 """
 
 from __future__ import annotations
@@ -191,7 +192,11 @@ def parse_example(row: dict[str, Any]) -> Example:
     if len(relevance) != len(items):
         raise BadRow(f"relevance: {len(relevance)} values for {len(items)} items")
     return Example(
-        id=text_field(row, "id"), query=text_field(row, "query"), items=items, relevance=relevance
+        id=text_field(row, "id"),
+        query=text_field(row, "query"),
+        items=items,
+        relevance=relevance,
+        teacher=text_field(row, "teacher") if row.get("teacher") is not None else None,
     )
 
 
@@ -368,6 +373,7 @@ def _example_line(example: Example) -> str:
         "query": example.query,
         "items": [{"id": item.id, "text": item.text} for item in example.items],
         "relevance": list(example.relevance),
+        **({"teacher": example.teacher} if example.teacher is not None else {}),
     }
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 

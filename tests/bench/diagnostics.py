@@ -17,8 +17,8 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-import listopd_ray.roles.learner as learner_module
-import listopd_ray.roles.teacher as teacher_module
+import listopd_ray.roles.scoring as scoring_module
+import listopd_ray.roles.update_metrics as metrics_module
 from listopd_ray.config import Config, TeacherActorConfig, load_config
 from listopd_ray.handles import make_requests
 from listopd_ray.models import end_ids, load_tokenizer
@@ -66,10 +66,10 @@ def main(student: str, teacher_path: str, data: str, num_rollouts: int = 192) ->
     canary = np.concatenate([split.prompts[0].token_ids, [1]])
     learner = Learner(config, student_path=student, canary_ids=canary)
     steering = Steering(config, 0)
-    teacher._scan = timed("token classes", teacher._scan)
-    teacher._unused_tokens = timed("unused-id mass", teacher._unused_tokens)
-    teacher_module._mass = timed("unused-id mass", teacher_module._mass)
-    learner_module._class_metrics = timed("masses by class", learner_module._class_metrics)
+    teacher._contract.places = timed("token classes", teacher._contract.places)  # and ids due
+    scoring_module._starts = timed("unused-id mass", scoring_module._starts)
+    scoring_module._mass = timed("unused-id mass", scoring_module._mass)
+    metrics_module._class_metrics = timed("masses by class", metrics_module._class_metrics)
     steering.observe = timed("governor and alarm", steering.observe)
     for turn in range(TURNS):
         if turn == 2:

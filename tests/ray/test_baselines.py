@@ -20,7 +20,7 @@ from listopd_ray.evaluate import judge_rollout
 from listopd_ray.label import LabelConfig, label, label_command
 from listopd_ray.models import encode_prompt, end_ids
 from listopd_ray.prepare import prepare
-from listopd_ray.roles.rollout import contract_grammar
+from listopd_ray.roles.vllm_engine import contract_grammar
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import read_examples
 from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic

@@ -24,11 +24,12 @@ from equality import check_equal, metrics_of
 
 from listopd_ray.cluster import Cluster
 from listopd_ray.config import Config
-from listopd_ray.handles import LearnerHandle, TeacherPool, Workers
+from listopd_ray.handles import LearnerHandle, Workers
 from listopd_ray.job import distill
 from listopd_ray.ledger import committed
 from listopd_ray.prepare import Prepared
 from listopd_ray.supervision import Faults
+from listopd_ray.teacher_pool import TeacherPool
 from listopd_ray.tracking import Run, read_jsonl
 from listopd_ray.types import ListopdError
 
@@ -53,7 +54,7 @@ class Killer:
         self._lasts: dict[str, float] = {}  # s that the phase took last time
         load = Workers.load_weights
 
-        def load_and_fail(workers: Workers, weights: Any) -> float:
+        def load_and_fail(workers: Workers, weights: Any) -> dict[str, float]:
             if self._is_due("poison"):
                 del self.plan[self._update + 1]
                 actor = workers._team.actors[0]
@@ -69,7 +70,7 @@ class Killer:
             (Workers, "generate", "generate", lambda w: w._team.actors[0]),
             (Workers, "load_weights", "load", lambda w: w._team.actors[0]),
             (TeacherPool, "score", "score", lambda t: t._team.actors[0]),
-            (LearnerHandle, "step", "before step", lambda handle: handle._actor),
+            (LearnerHandle, "step", "before step", lambda handle: handle._ranks[0]),
         ]
         for owner, verb, phase, actor_of in phases:
             self._wrap(patch, owner, verb, phase, actor_of)
@@ -79,7 +80,7 @@ class Killer:
             metrics = step(handle, *arguments)
             if self._is_due("after step"):
                 del self.plan[self._update + 1]
-                self._kill(pid_of(handle._actor), "after step", 0.0)
+                self._kill(pid_of(handle._ranks[0]), "after step", 0.0)
             return metrics
 
         def log_and_time(run: Run, number: int, metrics: dict[str, float]) -> None:

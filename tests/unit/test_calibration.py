@@ -128,6 +128,15 @@ def test_any_unused_id_is_a_second_pair_that_never_binds():
     assert prediction["out_of_scope"][0].startswith("no unresolved class")
 
 
+def test_a_teacher_that_does_not_tell_the_mass_of_the_unused_ids_loses_that_class_alone():
+    plain, silent = make_prediction([make_scored("a")]), make_scored("a")
+    silent.teacher_unused_mass[:] = np.nan
+    prediction = make_prediction([silent])
+    assert UNUSED_ID not in prediction["classes"]
+    del plain["classes"][UNUSED_ID]
+    assert prediction == plain  # with the first id, and escape
+
+
 def test_the_interval_covers_the_truth_as_often_as_it_says_and_narrows_with_prompts():
     rng = np.random.default_rng(0)
     truth = 1 + math.log(2) / (math.log(0.7 / 0.3) - math.log(0.3 / 0.7))

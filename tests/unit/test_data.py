@@ -50,6 +50,17 @@ def test_a_good_row_is_read_as_it_is(tmp_path):
     assert second.id == "e2"
 
 
+def test_a_row_may_name_its_teacher_and_keeps_the_name(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", row(teacher="code"), row(2, teacher=None), row(3))
+    examples = read_examples(path, max_bad_rows=0)
+    assert [example.teacher for example in examples] == ["code", None, None]
+    write_dataset(tmp_path / "out", {"train": examples, "eval": examples[2:]}, {})
+    written = (tmp_path / "out" / "train.jsonl").read_text().splitlines()
+    assert ["teacher" in json.loads(line) for line in written] == [True, False, False]
+    again = read_examples(tmp_path / "out" / "train.jsonl", max_bad_rows=0)
+    assert again == examples
+
+
 def text(**changes):
     return json.dumps(row(2, **changes)).encode()
 
@@ -77,6 +88,8 @@ BAD_ROWS = {
     "nested too deep": b"[" * 200_000,
     "not UTF-8": text().replace(b"socks", b"\xff"),
     "an object has the same key twice": text().replace(b'{"id"', b'{"query": "", "id"', 1),
+    "teacher: int where str is due": text(teacher=3),
+    "teacher: empty": text(teacher=" "),
 }
 
 

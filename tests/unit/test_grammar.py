@@ -3,7 +3,7 @@ import json
 import pytest
 import xgrammar
 
-from listopd_ray.roles.rollout import contract_grammar
+from listopd_ray.roles.vllm_engine import contract_grammar
 from listopd_ray.task.contract import answer_text
 
 

@@ -56,6 +56,8 @@ def test_data_config_and_metrics_need_no_heavy_package():
             "listopd_ray.roles.batching",
             "listopd_ray.roles.learner",
             "listopd_ray.roles.teacher",
+            "listopd_ray.roles.scoring",
+            "listopd_ray.roles.prompt_scores",
             "listopd_ray.roles.rollout",
             "listopd_ray.roles.weights",
             "listopd_ray.roles.hf_engine",

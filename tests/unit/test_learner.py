@@ -370,6 +370,7 @@ def make_worker(student_path):
             model_path=str(path),
             dtype="float32",
             device="cpu",
+            max_num_seqs=64,
             end_ids=(0,),
             max_prompt_tokens=64,
             **{"max_new_tokens": 8, "tolerance": 1e-4, **settings},
@@ -380,7 +381,7 @@ def make_worker(student_path):
 
 def requests_for(rollouts, seed, copies):
     return [
-        Request(prompt=rollout.prompt, sample_index=index, seed=seed)
+        Request(prompt=rollout.prompt, sample_index=index, seed=1000 * seed + index)
         for rollout in rollouts
         for index in range(copies)
     ]
@@ -426,7 +427,7 @@ def test_a_worker_refuses_weights_whose_canary_differs_and_serves_no_more(
     make_learner, make_worker, rollouts
 ):
     worker, weights = make_worker(), make_learner().publish_weights()
-    assert worker.load_weights(weights) < 1e-5
+    assert worker.load_weights(weights).canary_max < 1e-5
     # A half-loaded update: one matrix of another version.
     name = "model.layers.1.mlp.down_proj.weight"
     tensors = {**weights.tensors, name: weights.tensors[name] * np.float32(1.1)}

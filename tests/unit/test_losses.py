@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from listopd_ray.roles.losses import opd_advantages, opd_loss
+from listopd_ray.roles.losses import TokenScores, Update, opd_advantages, opd_loss, support_loss
 
 LN2 = math.log(2)
 
@@ -244,3 +244,112 @@ def test_expected_gradient_without_clip_is_that_of_the_reverse_kl():
     (learner.exp() * (learner - teacher)).sum().backward()  # KL(π_θ ‖ π_T)
     gradient = expected_gradient(logits, teacher, base, lam=1.0, clip=math.inf)
     assert gradient.tolist() == pytest.approx(leaf.grad.tolist(), abs=1e-12)
+
+
+OPTIONS = [
+    dict(lam=1.0, clip=2.0),
+    dict(lam=1.8, clip=2.0),
+    dict(lam=3.0, clip=2.0, extrapolation="bounded", delta=0.2),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_topk_over_the_whole_vocabulary_is_the_mean_of_the_sampled_estimator(options):
+    logits, teacher, base = five_token_vocabulary(3)
+    leaf = logits.clone().requires_grad_()
+    rows = (part[None] for part in (leaf.log_softmax(-1), teacher, base))
+    support_loss(*rows, torch.ones(1), num_tokens=1, **options).backward()
+    expected = expected_gradient(logits, teacher, base, **options)
+    assert leaf.grad.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_topk_matches_the_loop_written_oracle(options):
+    """Three of five tokens, each model renormalised over them."""
+    logits, teacher, base = five_token_vocabulary(4)
+    support = [4, 0, 2]
+
+    def renormalised(logprobs):
+        total = sum(math.exp(logprobs[token]) for token in support)
+        return [logprobs[token] - math.log(total) for token in support]
+
+    models = [logits.log_softmax(-1), teacher, base]
+    triples = list(zip(*(renormalised(m.tolist()) for m in models), strict=True))
+    expected = -sum(math.exp(q) * oracles.advantage(q, t, b, **options) for q, t, b in triples)
+    rows = [model[support][None] for model in models]
+    loss = support_loss(*rows, torch.full((1,), 0.25), num_tokens=2, **options)
+    assert loss.item() == pytest.approx(0.25 * expected / 2, abs=1e-12)
+
+
+def test_topk_at_lambda_one_without_clip_is_the_truncated_reverse_kl():
+    logits, teacher, _ = five_token_vocabulary(5)
+    gradients = []
+    for closed_form in (True, False):
+        leaf = logits.clone().requires_grad_()
+        learner, target = leaf[:3].log_softmax(-1), teacher[:3].log_softmax(-1)
+        if closed_form:
+            (learner.exp() * (learner - target)).sum().backward()
+        else:
+            inside = leaf.log_softmax(-1)[:3]
+            options = dict(lam=1.0, clip=math.inf, num_tokens=1)
+            support_loss(inside[None], teacher[:3][None], None, torch.ones(1), **options).backward()
+        gradients.append(leaf.grad.tolist())
+    assert gradients[0] == pytest.approx(gradients[1], abs=1e-12)
+    assert gradients[0][3:] == [0.0, 0.0]  # tokens outside take no part
+
+
+@pytest.mark.parametrize(
+    ("importance", "ratio", "weight"),
+    [
+        ("truncate", 0.1, 0.1),
+        ("truncate", 1.9, 1.9),
+        ("truncate", 3.0, 2.0),
+        ("gate", 0.6, 0.6),
+        ("gate", 1.9, 1.9),
+        ("gate", 0.4, 0.0),
+        ("gate", 2.1, 0.0),
+    ],
+)
+@pytest.mark.parametrize("gain", [0.7, -0.7])
+def test_importance_weights_multiply_the_policy_gradient(importance, ratio, weight, gain):
+    learner = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
+    sampler = torch.tensor([-1.0 - math.log(ratio)], dtype=torch.float64)
+    loss = opd_loss(
+        learner,
+        sampler,
+        torch.tensor([gain], dtype=torch.float64),
+        ratio_clip=0.2,
+        importance=importance,
+        ratio_cap=2.0,
+        num_tokens=4,
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(-weight * gain / 4, abs=1e-12)
+    assert learner.grad.item() == pytest.approx(-weight * gain / 4, abs=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "topk"])
+@pytest.mark.parametrize("importance", ["clip", "truncate", "gate"])
+def test_the_update_weighs_every_estimator_as_its_options_say(estimator, importance):
+    """Places whose sampled token has a ratio of 1 count fully, one with a ratio of 4 as told."""
+    logits, teacher, base = (part.float() for part in five_token_vocabulary(6))
+    learner = logits.log_softmax(-1)
+    update = Update(lam=1.5, clip=2.0, estimator=estimator, importance=importance)
+
+    def loss(ratio):
+        scores = TokenScores(
+            learner=learner[:1],
+            sampler=learner[:1] - math.log(ratio),
+            teacher=teacher[:1],
+            base=base[:1],
+            learner_support=learner[None],
+            teacher_support=teacher[None],
+            base_support=base[None],
+        )
+        return update.loss(scores, 1)[0].item()
+
+    share = {"clip": 1.0 if estimator == "topk" else None, "truncate": 2.0, "gate": 0.0}[importance]
+    if share is None:  # pessimistic: 1.2 of a gain, 4 of a loss
+        share = 1.2 if loss(1.0) < 0 else 4.0
+    assert loss(4.0) == pytest.approx(share * loss(1.0), abs=1e-6)
+    assert abs(loss(1.0)) > 0.1

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from listopd_ray.config import TeacherActorConfig
-from listopd_ray.models import load_model
+from listopd_ray.roles import head, scoring
 from listopd_ray.roles.hf_engine import HfEngine
+from listopd_ray.roles.prompt_scores import best_columns
 from listopd_ray.roles.rollout import Generated, Request
+from listopd_ray.roles.scoring import special_ids, split_columns
 from listopd_ray.roles.teacher import Teacher
-from listopd_ray.roles.weights import export_tensors, torch_tensors
-from listopd_ray.types import TokenClass, Weights
+from listopd_ray.roles.vllm_engine import _table
+from listopd_ray.roles.weights import torch_tensors
+from listopd_ray.types import ListopdError, TokenClass, Weights
 
 # Float32 through two layers, in a batch or alone.
 TOLERANCE = 1e-5
@@ -80,12 +83,149 @@ def test_scores_are_those_of_the_bare_prefixes(scored, expected):
         assert np.abs(part.base_modal_logprobs - base[modal]).max() < TOLERANCE
 
 
-def test_support_is_the_most_likely_tokens_in_order(scored, expected):
-    for part, (teacher, _) in zip(scored, expected, strict=True):
-        best = np.argsort(-teacher, axis=1)[:, :4]
+def check_support(scored, expected, excluded):
+    """The four most likely tokens but for `excluded`, best first, under teacher and base."""
+    for part, (teacher, base) in zip(scored, expected, strict=True):
+        allowed = teacher.copy()
+        allowed[:, excluded] = -math.inf
+        best = np.argsort(-allowed, axis=1)[:, :4]
         assert part.support_ids.tolist() == best.tolist()
-        logprobs = np.take_along_axis(teacher, best, axis=1)
-        assert np.abs(part.support_logprobs - logprobs).max() < TOLERANCE
+        for logprobs, model in (
+            (part.support_logprobs, teacher),
+            (part.base_support_logprobs, base),
+        ):
+            found = np.take_along_axis(model, best, axis=1)
+            assert np.abs(logprobs - found).max() < TOLERANCE
+
+
+def test_support_is_the_most_likely_tokens_in_order(scored, expected):
+    check_support(scored, expected, excluded=[1])  # the padding
+
+
+def test_special_tokens_are_those_that_no_answer_holds(tokenizer):
+    assert special_ids(tokenizer, (0,)).tolist() == [1]
+    assert special_ids(tokenizer, (0, 1)).tolist() == []
+    assert special_ids(tokenizer, (7,)).tolist() == [0, 1]
+
+
+def test_special_tokens_never_enter_the_support_and_count_everywhere_else(
+    make_teacher, base_path, scored, expected, rollouts
+):
+    teacher = make_teacher(micro_batch_size=3, support_size=4)
+    modal = np.unique(np.concatenate([part.modal_ids for part in scored]))
+    teacher._excluded = modal[::2].astype(np.int64)
+    masked = teacher.score(Generated(rollouts=rollouts, seconds=0.0), str(base_path)).rollouts
+    check_support(masked, expected, teacher._excluded)
+    for part, plain in zip(masked, scored, strict=True):
+        assert np.array_equal(part.modal_ids, plain.modal_ids)
+        for name in ("teacher_logprobs", "teacher_modal_logprobs", "teacher_unused_mass"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(plain, name))
+
+
+def test_a_support_larger_than_the_vocabulary_is_one_clear_line(make_teacher, tokenizer):
+    with pytest.raises(ListopdError, match=r"^scoring\.support_size: .* has \d+ tokens to choose$"):
+        make_teacher(support_size=len(tokenizer))
+
+
+def test_the_vocabulary_is_never_held_for_more_tokens_than_fit(
+    make_teacher, base_path, scored, rollouts, tokenizer, monkeypatch
+):
+    sizes = []
+
+    def three_at_once(*arguments):
+        for chunk, logits in head.logits_by_chunk(*arguments):
+            sizes.append(logits.numel())
+            yield chunk, logits
+
+    monkeypatch.setattr(scoring, "LOGITS_MIB", 4 * 3.5 * len(tokenizer) / head.MIB)
+    monkeypatch.setattr(scoring, "logits_by_chunk", three_at_once)
+    teacher = make_teacher(micro_batch_size=3, support_size=4)
+    chunked = teacher.score(Generated(rollouts=rollouts, seconds=0.0), str(base_path)).rollouts
+    assert max(sizes) == 3 * len(tokenizer)
+    for part, whole in zip(chunked, scored, strict=True):
+        for field in dataclasses.fields(part):
+            if field.name != "rollout":
+                values = getattr(part, field.name), getattr(whole, field.name)
+                np.testing.assert_allclose(*values, rtol=0, atol=1e-5)
+
+
+# The vLLM backend without vLLM
+
+
+def make_tables(rollouts, expected, num_best):
+    """What an engine gives: own token first, then the best, for prompt and completion."""
+    tables = []
+    for rollout, (teacher, _) in zip(rollouts, expected, strict=True):
+        best = np.argsort(-teacher, axis=1)[:, :num_best]
+        ids = np.concatenate([rollout.token_ids[:, None], best], axis=1)
+        logprobs = np.take_along_axis(teacher, ids, axis=1)
+        prompt = np.full((len(rollout.prompt.token_ids) - 1, 1 + num_best), -7)  # of no use
+        tables.append(
+            (
+                np.concatenate([prompt, ids]).astype(np.int32),
+                np.concatenate([prompt, logprobs]).astype(np.float32),
+            )
+        )
+    return tables
+
+
+@pytest.mark.parametrize("support_size", [0, 4])
+def test_columns_of_the_most_likely_tokens_are_those_of_the_whole_vocabulary(
+    scored, expected, rollouts, support_size
+):
+    tables = make_tables(rollouts, expected, 1 + support_size)  # one may be the padding
+    columns = best_columns(rollouts, tables, support_size, np.array([1]))
+    columns["token_classes"] = columns["modal_ids"]  # the contract's, whoever scores
+    for part, whole in zip(split_columns(rollouts, columns), scored, strict=True):
+        assert np.isnan(part.teacher_unused_mass).all()
+        assert np.array_equal(part.modal_ids, whole.modal_ids)
+        names = ["teacher_logprobs", "teacher_modal_logprobs"]
+        if support_size:
+            assert np.array_equal(part.support_ids, whole.support_ids)
+            names.append("support_logprobs")
+        for name in names:
+            assert np.abs(getattr(part, name) - getattr(whole, name)).max() < TOLERANCE
+
+
+def test_special_tokens_are_left_out_of_the_most_likely(rollouts, expected, scored):
+    modal = scored[0].modal_ids
+    columns = best_columns(rollouts, make_tables(rollouts, expected, 8), 4, modal[:4])
+    assert columns["support_ids"].shape == (len(columns["modal_ids"]), 4)
+    assert not np.isin(columns["support_ids"], modal[:4]).any()
+    assert (np.diff(columns["support_logprobs"], axis=1) <= 0).all()
+
+
+@dataclasses.dataclass
+class Flat:
+    """vLLM's flat log-probabilities: nothing for the first token."""
+
+    token_ids: list
+    logprobs: list
+    length: int
+
+    def __len__(self):
+        return self.length
+
+
+def test_flat_lists_become_tables():
+    flat = Flat([5, 9, 6, 9], [-1.0, -0.5, -2.0, -0.25], 3)
+    ids, logprobs = _table(flat, np.array([4, 5, 6]), 1)
+    assert ids.tolist() == [[5, 9], [6, 9]]
+    assert logprobs.tolist() == [[-1.0, -0.5], [-2.0, -0.25]]
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        None,
+        Flat([5, 9], [-1.0, -0.5], 2),  # too short
+        Flat([5, 9, 6], [-1.0, -0.5, -2.0], 3),  # one is missing
+        Flat([5, 9, 7, 9], [-1.0, -0.5, -2.0, -0.25], 3),  # of another token
+    ],
+)
+def test_a_missing_logprob_is_an_error_and_never_zero(flat):
+    with pytest.raises(RuntimeError, match=r"vLLM's log-probabilities"):
+        _table(flat, np.array([4, 5, 6]), 1)
 
 
 def test_unused_mass_is_the_sum_over_every_token_that_starts_an_unused_id(
@@ -154,10 +294,16 @@ def make_engine(student_path):
     return make
 
 
+def arrays_of(model, dtype):
+    state = {name: tensor.to(dtype, copy=True) for name, tensor in model.state_dict().items()}
+    as_bits = dtype == torch.bfloat16
+    return {n: (t.view(torch.uint16) if as_bits else t).numpy() for n, t in state.items()}
+
+
 def make_weights(model, dtype="float32"):
     return Weights(
         policy_version=1,
-        tensors=export_tensors(model, getattr(torch, dtype)),
+        tensors=arrays_of(model, getattr(torch, dtype)),
         dtype=dtype,
         canary_ids=np.zeros(2, dtype=np.int32),
         canary_logprobs=np.zeros(1, dtype=np.float32),
@@ -178,16 +324,6 @@ def test_loaded_weights_serve_the_other_model(make_engine, teacher_path, student
     assert np.abs(before - expected).max() > 0.1, "the models must differ"
     engine.load_weights(make_weights(student_model))
     assert np.abs(engine.prompt_logprobs(canary_ids) - expected).max() < TOLERANCE
-
-
-def test_exported_tensors_carry_checkpoint_names_and_the_tied_head(student_model, student_path):
-    tensors = export_tensors(student_model, torch.float32)
-    stored = load_model(student_path).state_dict()
-    assert set(tensors) == set(stored) | {"lm_head.weight"}
-    for name, tensor in stored.items():
-        np.testing.assert_array_equal(tensors[name], tensor.numpy())
-    head, embedding = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
-    np.testing.assert_array_equal(head, embedding)
 
 
 def test_bfloat16_travels_bit_for_bit(student_model):
@@ -248,7 +384,7 @@ def test_generation_ends_with_the_first_end_token_and_keeps_it(
 def test_sampling_draws_from_the_whole_distribution(make_engine, rollouts, student_model):
     """First tokens of many draws against exact probabilities: no temperature, top-k or top-p."""
     prompt, num_draws = rollouts[0].prompt, 4000
-    requests = [Request(prompt=prompt, sample_index=i, seed=11) for i in range(num_draws)]
+    requests = [Request(prompt=prompt, sample_index=i, seed=i) for i in range(num_draws)]
     completions = make_engine(max_new_tokens=1, batch_size=num_draws).generate(requests, False)
     counts = np.bincount([c.token_ids[0] for c in completions], minlength=340)
     (row,) = oracles.prefix_logprobs(student_model, prompt.token_ids, [0])

@@ -487,7 +487,7 @@ def waits(config):
 
 
 def test_queue_wait_is_the_time_from_asking_to_taking_up_less_that_of_the_slowest_worker():
-    parts = [Generated(rollouts=(), seconds=seconds) for seconds in (2.0, 3.0)]
+    parts = {n: Generated(rollouts=(), seconds=seconds) for n, seconds in enumerate((2.0, 3.0))}
     assert queue_metrics(Batch({}, {}, [], parts, asked=10.0), 17.5) == {"time/queue_wait_s": 4.5}
     assert queue_metrics(Batch({}, {}, [], parts, asked=10.0), 12.9) == {"time/queue_wait_s": 0.0}
     assert queue_metrics(Batch({}, {}, [], parts), 17.5) == {}
