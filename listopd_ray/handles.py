@@ -62,9 +62,9 @@ class Workers:
         parts = enumerate(pairwise(bounds))
         return [start(index, low, high) for index, (low, high) in parts if high > low]
 
-    def ready(self, works: list[Work], *, block: bool) -> list[int]:
-        """As `Team.ready`."""
-        return self._team.ready(works, block=block)
+    def ready(self, works: list[Work]) -> list[int]:
+        """Positions of those that are done, one at least: see `Team.ready`."""
+        return self._team.ready(works, block=True)
 
     def fetch(self, works: list[Work]) -> list[Generated]:
         """Wait for what `generate` started. What a worker that died had not finished is made again,
@@ -116,10 +116,19 @@ class LearnerHandle:
         several = len(self._ranks) > 1
         return [(f"learner {n}" if several else "learner", actor) for n, actor in self._members]
 
-    def step(self, scored: Sequence[Scored], lam: float, lr: float) -> dict[str, float]:
+    def step(
+        self,
+        scored: Sequence[Scored],
+        lam: float,
+        lr: float,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
+        """As `Learner.step`; `meanwhile` is called while the learner works."""
         if len(self._ranks) > 1:  # once into the object store, not once a rank
             scored = [ray.put(part) for part in scored]
-        return self._call("step", lam, lr, *scored)
+        steps = [rank.step.remote(lam, lr, *scored) for rank in self._ranks]
+        meanwhile()
+        return self._wait(steps)[0]
 
     def inspect(self) -> Inspection:
         return self._call("inspect")

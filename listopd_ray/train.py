@@ -43,7 +43,7 @@ GATE_PROMPTS = 16
 
 
 class RolloutWorkers(Sampler, Protocol):
-    def ready(self, works: list[Any], *, block: bool) -> list[int]: ...
+    def ready(self, works: list[Any]) -> list[int]: ...
 
     def load_weights(self, weights: Any) -> dict[str, float]: ...
 
@@ -57,7 +57,9 @@ class Scorer(Protocol):
 
 
 class LearnerRole(Protocol):
-    def step(self, scored: list[Scored], lam: float, lr: float) -> dict[str, float]: ...
+    def step(
+        self, scored: list[Scored], lam: float, lr: float, meanwhile: Callable[[], None]
+    ) -> dict[str, float]: ...
 
     def inspect(self) -> Inspection: ...
 
@@ -106,6 +108,7 @@ class Loop:
         self._batch: Batch | None = None  # for the next update, under way
         self._unfinished: dict[str, float] | None = None  # metrics of an update without its row
         self._score: float | None = None  # of an evaluation at this step
+        self._stop: ListopdError | None = None  # what came while the learner worked
         self._kept: Any = None  # (step, whether it is finished) of the newest checkpoint
         self._start = time.perf_counter()  # of the turn
         self._fresh = self._state()
@@ -145,6 +148,8 @@ class Loop:
         with self._span("turn", step=self._step):
             if self._unfinished is None:
                 self._unfinished = self._update()
+                if self._stop is not None:
+                    raise self._stop
             self._finish(self._unfinished)
 
     def _recover(self, error: Exception) -> None:
@@ -170,7 +175,6 @@ class Loop:
     def _update(self) -> dict[str, float]:
         config, self._start = self._config, time.perf_counter()
         batch = self._batch = self._batch or self._sample(self._step)
-        self._collect(batch, block=False)
         generated = self._fetch(batch)
         metrics = queue_metrics(batch, time.perf_counter())
         is_last = self._step + 1 == config.num_steps
@@ -183,7 +187,8 @@ class Loop:
         scored, dropped = admit(generated, scores, self._step, config.max_staleness)
         metrics |= fault_metrics(generated, dropped, config.faults.max_dropped)
         with self._span("learn"):
-            metrics |= self._learner.step(scored, lam, lr)
+            ahead = functools.partial(self._fetch_ahead, upcoming)
+            metrics |= self._learner.step(scored, lam, lr, ahead)
         self._step, self._score = self._step + 1, None
         self._ledger.commit(self._step, generated, dropped)
         if self._is_due(config.evaluation.every):
@@ -195,8 +200,6 @@ class Loop:
 
     def _finish(self, metrics: dict[str, float]) -> None:
         config, step, start = self._config, self._step, time.perf_counter()
-        if self._batch is not None:
-            self._collect(self._batch, block=False)
         metrics |= self._sync()
         now = time.perf_counter()
         metrics |= {"time/sync_s": now - start, "time/step_s": now - self._start}
@@ -280,16 +283,24 @@ class Loop:
 
     def _fetch(self, batch: Batch) -> list[Generated]:
         with self._span("wait for rollouts"):
-            while len(batch.parts) < len(batch.works):
-                self._collect(batch, block=True)
+            while len(batch.scoring) < max(len(batch.works), len(batch.parts)):
+                self._collect(batch)
         return [batch.parts[number] for number in sorted(batch.parts)]
 
-    def _collect(self, batch: Batch, *, block: bool) -> None:
-        """Take in the parts that are sampled, with `block` at least one of those that are not in
-        yet; the teacher gets each at once."""
+    def _fetch_ahead(self, batch: Batch | None) -> None:
+        """While the learner works: the teacher gets the next samples as soon as they are there. The
+        update is completed, whatever happens meanwhile."""
+        try:
+            if batch is not None:
+                self._fetch(batch)
+        except (LimitReached, Interrupted) as error:
+            self._stop = error
+
+    def _collect(self, batch: Batch) -> None:
+        """Wait for a part at least that is not in yet; the teacher gets each at once."""
         left = [number for number in range(len(batch.works)) if number not in batch.parts]
         works = [batch.works[number] for number in left]
-        for position in self._workers.ready(works, block=block) if works else []:
+        for position in self._workers.ready(works) if works else []:
             (batch.parts[left[position]],) = self._workers.fetch([works[position]])
         for number in sorted(set(batch.parts) - set(batch.scoring)):
             batch.scoring[number] = self._teacher.score([batch.parts[number]])

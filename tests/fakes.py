@@ -103,7 +103,7 @@ class FakeWorkers:
         parts = [part for part in (rollouts[:half], rollouts[half:]) if part]
         return [Reference(Generated(rollouts=tuple(part), seconds=0.0)) for part in parts]
 
-    def ready(self, works, *, block):
+    def ready(self, works):
         return list(range(len(works)))
 
     def fetch(self, works):
@@ -149,7 +149,7 @@ class FakeLearner:
         self.completions = [0, 1, 2, 3] if self._cliff is None else [0, 1]  # of `FakeWorkers`
         self.policy_version = 0
 
-    def step(self, scored, lam, lr):
+    def step(self, scored, lam, lr, meanwhile):
         if self.policy_version == self._fail_at:
             raise Interrupted
         self._events.append(("learner.step", self.policy_version))
@@ -162,6 +162,7 @@ class FakeLearner:
         if self._cliff is not None and lam > self._cliff:
             self.completions = [2, 3]
         self.policy_version += 1
+        meanwhile()
         return {
             "kl/reverse": 1.0 / (1.0 + self.theta),
             "rollout/staleness": float(max(self.staleness[-1])),

@@ -30,7 +30,9 @@ COLUMNS = {  # of the table; fields of Memory
     "base": "base",
     "KV cache": "kv_cache",
     "activations": "activations",
+    "logits": "logits",
     "in transit": "transit",
+    "holes": "holes",
     "process": "process",
     "total": "total",
 }
@@ -44,11 +46,11 @@ def plan(config: PlanConfig) -> None:
     actors = actors_of(config, models)
     nodes = nodes_of(machines, _this_machine_gib())
     place(config, actors, nodes)
-    store = object_store(config, models)
+    store, together = object_store(config, models), config.max_staleness > 0
     print("\n".join(_heading(config, models)))
     print("\n".join(_memory_table(config, actors, store)))
-    print("\n".join(_node_lines(nodes, store)))
-    check(nodes, store)
+    print("\n".join(_node_lines(nodes, store, together)))
+    check(nodes, store, together=together)
     rates = rates_of(next(iter(machines.values())), config.device)
     if rates is None:
         print("times: give tflops and memory_gb_s of plan.machines")
@@ -128,7 +130,7 @@ def _memory_table(config: Config, actors: Sequence[Actor], store: float) -> list
     for actor in actors:
         kind = actor.name.rpartition(" ")[0] or actor.name
         groups.setdefault((kind, actor.device, actor.host), []).append(actor)
-    lines = [f"{'GiB':<22}" + "".join(f"{column:>12}" for column in COLUMNS)]
+    lines = [f"{'GiB':<20}" + "".join(f"{column:>12}" for column in COLUMNS)]
     for (kind, device, host), alike in groups.items():
         name = f"{kind} × {len(alike)}" if len(alike) > 1 else kind
         on_gpu = config.device == "cuda" and kind != "driver"
@@ -136,18 +138,18 @@ def _memory_table(config: Config, actors: Sequence[Actor], store: float) -> list
         if on_gpu:
             lines.append(_row("  main memory", host))
     if store:
-        lines.append(f"{'object store':<22}{_gib(store):>{12 * len(COLUMNS)}}")
-    return [*lines, ""]
+        lines.append(f"{'object store':<20}{_gib(store):>{12 * len(COLUMNS)}}")
+    return [*lines, "logits and weights in transit take turns: the larger counts", ""]
 
 
 def _row(name: str, memory: Memory) -> str:
-    return f"{name:<22}" + "".join(f"{_gib(getattr(memory, f)):>12}" for f in COLUMNS.values())
+    return f"{name:<20}" + "".join(f"{_gib(getattr(memory, f)):>12}" for f in COLUMNS.values())
 
 
-def _node_lines(nodes: Sequence[Node], store: float) -> list[str]:
+def _node_lines(nodes: Sequence[Node], store: float, together: bool) -> list[str]:
     lines = []
     for node in nodes:
-        need = node.need(store)
+        need = node.need(store, together=together)
         names = ", ".join(actor.name for actor, _ in node.on_host) or "nothing"
         lines.append(f"{node.name}: {need / GIB:.1f} of {node.memory_gib:.1f} GiB ({names})")
         for number, actors in enumerate(node.on_gpu):

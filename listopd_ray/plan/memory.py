@@ -7,7 +7,7 @@ in `Shape`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from listopd_ray.config import Config, learner_scores_base, needs_base
 from listopd_ray.plan.shapes import Shape
@@ -25,7 +25,7 @@ ON_GPU, BESIDE_GPU = 1024 * MIB, 3072 * MIB
 # the same size do not fit their holes (glibc 2.36). Measured: 0.7 bytes of holes for one of
 # activations, 0.9 for one of weights that vLLM loads anew. torch's own on GPUs: a tenth, assumed.
 KEPT_BLOCK = 128 * MIB
-HOLES, RELOAD_HOLES, GPU_HOLES = 1.7, 0.9, 1.1
+HOLES, RELOAD_HOLES, GPU_HOLES = 0.7, 0.9, 0.1
 
 EVALUATED_AT_ONCE = 128  # the teacher's own completions (roles/teacher.py)
 SCORED_MIB = 256  # of float32 logits at once in a teacher (roles/scoring.py)
@@ -52,13 +52,20 @@ class Memory:
     gradients: float = 0.0
     base: float = 0.0  # a copy of the base model
     kv_cache: float = 0.0
-    activations: float = 0.0  # with logits, at most
-    transit: float = 0.0  # weights on their way, at most
+    activations: float = 0.0
+    logits: float = 0.0  # and gradients of the head, in blocks that are given back
+    transit: float = 0.0  # weights on their way, likewise, at another time
+    holes: float = 0.0  # what the allocator loses
     process: float = 0.0  # libraries and interpreter
 
     @property
+    def passing(self) -> float:
+        return max(self.logits, self.transit)
+
+    @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        kept = sum(getattr(self, field.name) for field in fields(self))
+        return kept - self.logits - self.transit + self.passing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +112,20 @@ def learner_memory(config: Config, models: Models) -> tuple[Memory, Memory]:
     weights = shape.parameters * size + (trained if has_adapter else 0)
     published = shape.published * size if config.sync.method != "adapter" else trained
     on_gpu, exported = config.device == "cuda", shape.parameters * size
+    layers = _layers(config, models)
+    if learner.autocast and (shards == 1 or has_adapter):  # bfloat16 copies of all matrices
+        layers += 2 * shape.body
+    if shards > 1:  # whole again: two layers, embedding and head
+        layers += 2 * shape.layer * (2 if learner.autocast else size)
+        layers += (shape.parameters - shape.body) * size
+    head, is_kept = _head(config, models), not on_gpu and 4 * shape.head <= KEPT_BLOCK
     device = Memory(
         parameters=weights / shards,
         optimizer=2 * trained / shards,
         gradients=trained / shards,
-        activations=_training(config, models, shards),
+        activations=layers + (head if is_kept else 0),
+        logits=0.0 if is_kept else head,
+        holes=layers * (GPU_HOLES if on_gpu else HOLES),
         transit=0.0 if on_gpu else max(published, 2 * exported),
         process=ON_GPU if on_gpu else PROCESS["learner"],
     )
@@ -119,31 +135,27 @@ def learner_memory(config: Config, models: Models) -> tuple[Memory, Memory]:
     return device, Memory(transit=transit, process=BESIDE_GPU)
 
 
-def _training(config: Config, models: Models, shards: int) -> float:
+def _layers(config: Config, models: Models) -> float:
+    """Activations of a micro-batch until they are needed for the gradient."""
     learner, shape = config.learner, models.student
-    size, has_adapter = BYTES[learner.dtype], config.lora.rank > 0
     mode = "autocast" if learner.autocast else learner.dtype
-    rows = micro_batch(config, models.length)
-    tokens, answers = rows * models.length, rows * models.completion
-    layer = float(per_token(shape, mode, has_adapter=has_adapter) * tokens)
+    tokens = micro_batch(config, models.length) * models.length
+    layer = per_token(shape, mode, has_adapter=config.lora.rank > 0) * tokens
+    hidden = BYTES[learner.dtype] * shape.hidden * tokens
     if learner.gradient_checkpointing:
-        kept = shape.num_layers * shape.hidden * size * tokens + layer
-    else:
-        kept = shape.num_layers * layer
-    kept += 2 * size * shape.hidden * tokens  # the last norm
-    kept = with_holes(config, kept)
-    if learner.autocast and (shards == 1 or has_adapter):  # bfloat16 copies of all matrices
-        kept += 2 * shape.body
-    # Logits and their gradient; the head's gradient and a chunk's share of it, in float32.
-    chunk = min(answers, max(1, (learner.logits_mib << 20) // (4 * shape.vocab)))
-    kept += 2 * 4 * chunk * shape.vocab
-    kept += 0 if has_adapter else 2 * 4 * shape.head
-    if size == 2 and config.device == "cpu":  # the head, in float32
-        kept += 4 * shape.head
-    if shards > 1:  # whole again: two layers, embedding and head
-        kept += 2 * shape.layer * (2 if learner.autocast else size)
-        kept += (shape.parameters - shape.body) * size
-    return kept
+        return shape.num_layers * hidden + layer + 2 * hidden
+    return shape.num_layers * layer + 2 * hidden  # of the last norm
+
+
+def _head(config: Config, models: Models) -> float:
+    """A chunk of logits and their gradient; the gradient of the head and a chunk's share of it, in
+    float32; on the CPU a bfloat16 head in float32."""
+    learner, shape = config.learner, models.student
+    answers = micro_batch(config, models.length) * models.completion
+    rows = min(answers, max(1, (learner.logits_mib << 20) // (4 * shape.vocab)))
+    copies = 0 if config.lora.rank > 0 else 2
+    copies += learner.dtype == "bfloat16" and config.device == "cpu"
+    return 4 * (2 * rows * shape.vocab + copies * shape.head)
 
 
 def rollout_memory(config: Config, models: Models) -> tuple[Memory, Memory]:
@@ -155,9 +167,8 @@ def rollout_memory(config: Config, models: Models) -> tuple[Memory, Memory]:
     if rollout.backend == "hf":
         return _on(config, "rollout", _transformers(config, shape, models, dtype, seqs))
     cache = (rollout.kv_cache_mib or 0) << 20
-    return _on(
-        config, "rollout", _engine(config, shape, models, dtype, seqs, cache, rollout.engine)
-    )
+    memory = _engine(config, shape, models, dtype, seqs, cache, rollout.engine)
+    return _on(config, "rollout", memory)
 
 
 def scoring_memory(config: Config, models: Models, teacher: Shape) -> tuple[Memory, Memory]:
@@ -166,29 +177,26 @@ def scoring_memory(config: Config, models: Models, teacher: Shape) -> tuple[Memo
     dtype = scoring.dtype or config.learner.dtype
     size = BYTES[dtype]
     rows = min(scoring.micro_batch_size, -(-samples // config.rollout.num_workers))
-    logits = min(4 * rows * models.completion * teacher.vocab, SCORED_MIB << 20)
-    passing = rows * models.length * _passing(teacher, size)
-    forward = with_holes(config, passing) + 3 * logits
     if scoring.backend == "vllm":
         seqs = scoring.engine.get("max_num_seqs", rows)
         memory = _engine(config, teacher, models, dtype, seqs, None, scoring.engine)
-    else:
+    else:  # its own completions at the end take more than scoring, or the other way round
         evaluated = min(EVALUATED_AT_ONCE, config.evaluation.num_prompts)
         memory = _transformers(config, teacher, models, dtype, evaluated)
     has_base = needs_base(config) and not learner_scores_base(config)
-    base = size * models.base.parameters if has_base else 0
-    # At the start-up gate the student is here, for once.
-    gate = 0 if has_base else size * models.student.parameters
-    # Its own completions, for the evaluation at the end.
-    sampling = memory.activations + memory.kv_cache if scoring.backend == "hf" else forward
+    # Without a base the student is here for once, at the start-up gate.
+    visitor = 0 if has_base else size * models.student.parameters
+    scored = 3 * min(4 * rows * models.completion * teacher.vocab, SCORED_MIB << 20)
+    forward = rows * models.length * _passing(teacher, size)
     return _on(
         config,
         "scoring",
-        Memory(
-            parameters=memory.parameters,
-            base=base,
-            kv_cache=memory.kv_cache if scoring.backend == "vllm" else 0,
-            activations=max(forward + gate, sampling),
+        replace(
+            memory,
+            base=size * models.base.parameters if has_base else 0,
+            activations=max(memory.activations, forward),
+            logits=max(memory.logits, scored + visitor),
+            transit=0,
         ),
     )
 
@@ -206,16 +214,12 @@ def object_store(config: Config, models: Models) -> float:
     return 2 * models.student.published * BYTES[config.learner.dtype]
 
 
-def with_holes(config: Config, amount: float) -> float:
-    """Bytes of small blocks that come and go, and what the allocator loses with them."""
-    return amount * (GPU_HOLES if config.device == "cuda" else HOLES)
-
-
 def _on(config: Config, section: str, memory: Memory) -> tuple[Memory, Memory]:
+    """With what the process and its allocator take."""
     on_gpu = config.device == "cuda"
-    parts = {field.name: getattr(memory, field.name) for field in fields(memory)}
-    parts["process"] = ON_GPU if on_gpu else PROCESS[section]
-    return Memory(**parts), Memory(process=BESIDE_GPU)
+    holes = memory.holes + memory.activations * (GPU_HOLES if on_gpu else HOLES)
+    process = ON_GPU if on_gpu else PROCESS[section]
+    return replace(memory, holes=holes, process=process), Memory(process=BESIDE_GPU)
 
 
 def _passing(shape: Shape, size: int) -> int:
@@ -224,15 +228,14 @@ def _passing(shape: Shape, size: int) -> int:
 
 
 def _transformers(config: Config, shape: Shape, models: Models, dtype: str, seqs: int) -> Memory:
-    """A model of transformers that samples `seqs` completions at once."""
+    """A model of transformers that samples `seqs` completions at once; the logits of all steps are
+    there three times: one by one, end to end, and as log-probabilities."""
     size = BYTES[dtype]
-    logits = (
-        3 * 4 * seqs * models.completion * shape.vocab
-    )  # of every step, end to end, log-softmax
     return Memory(
         parameters=size * shape.parameters,
         kv_cache=cache_bytes(shape, size, seqs, models.length),
-        activations=with_holes(config, seqs * models.prompt * _passing(shape, size)) + logits,
+        activations=seqs * models.prompt * _passing(shape, size),
+        logits=3 * 4 * seqs * models.completion * shape.vocab,
     )
 
 
@@ -247,19 +250,19 @@ def _engine(
 ) -> Memory:
     """vLLM's, on each of the GPUs that share it."""
     size, parts = BYTES[dtype], engine.get("tensor_parallel_size", 1)
-    weights = size * (shape.published if config.device == "cpu" else shape.parameters)
+    on_gpu = config.device == "cuda"
+    weights = size * (shape.parameters if on_gpu else shape.published)
     tokens = max(models.length, min(2048, seqs * models.prompt))  # a step's prompts
-    # Those of all samples or of the canary, three times over.
-    logits = 3 * 4 * max(seqs, models.length) * shape.vocab
-    holes = 0.0
-    if config.device == "cpu":
-        is_kept = size * shape.head <= KEPT_BLOCK
-        holes = RELOAD_HOLES * (weights if is_kept else size * shape.body)
+    is_kept = not on_gpu and size * shape.head <= KEPT_BLOCK
+    heads = 2 * size * shape.head / parts  # as it comes and as it is kept, in a reload
+    reloaded = weights if is_kept else size * shape.body
     return Memory(
         parameters=weights / parts,
         kv_cache=(cache or cache_bytes(shape, size, seqs, models.length)) / parts,
-        activations=with_holes(config, tokens * _passing(shape, size) / parts) + logits,
-        transit=2 * size * shape.head / parts + holes,  # the head as it comes and as it is kept
+        activations=tokens * _passing(shape, size) / parts,
+        logits=3 * 4 * max(seqs, models.length) * shape.vocab,  # of samples or of the canary
+        transit=0 if is_kept else heads,
+        holes=0 if on_gpu else RELOAD_HOLES * reloaded + (heads if is_kept else 0),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -32,14 +33,21 @@ class Node:
     memory_gib: float
     free: list[float]  # of each GPU, its share that nobody has yet
     on_gpu: list[list[Actor]]
-    on_host: list[tuple[Actor, float]] = field(default_factory=list)  # and bytes
+    on_host: list[tuple[Actor, Memory]] = field(default_factory=list)  # and what of it is there
 
-    def need(self, store: float) -> float:
-        """Bytes of main memory, with those of the object store; libraries once."""
+    def need(self, store: float, *, together: bool) -> float:
+        """Bytes of main memory, with those of the object store; libraries once. Unless all roles
+        work at the same time (`together`), what comes and goes is there for one of them."""
         if not self.on_host:
             return 0.0
-        shared = LIBRARIES * (len(self.on_host) - 1)
-        return sum(amount for _, amount in self.on_host) - shared + store
+        memories = [memory for _, memory in self.on_host]
+        need = sum(memory.total for memory in memories) + store
+        if not together:
+            passing = defaultdict[str, float](float)
+            for actor, memory in self.on_host:
+                passing[actor.section] += memory.passing
+            need -= sum(passing.values()) - max(passing.values())
+        return need - LIBRARIES * (len(memories) - 1)
 
 
 def nodes_of(machines: dict[str, Machine], memory_gib: float) -> list[Node]:
@@ -65,7 +73,7 @@ def place(config: Config, actors: Sequence[Actor], nodes: list[Node]) -> None:
     """
     for actor in actors:
         if actor.section == "driver":
-            nodes[0].on_host.append((actor, actor.device.total))
+            nodes[0].on_host.append((actor, actor.device))
             continue
         section = getattr(config, actor.section)
         suited = [n for n in nodes if section.labels.items() <= n.machine.labels.items()]
@@ -74,7 +82,7 @@ def place(config: Config, actors: Sequence[Actor], nodes: list[Node]) -> None:
             raise ListopdError(f"{actor.name}: no machine of plan.machines has {labels}")
         if config.device == "cpu":
             node = min(suited, key=lambda n: len(n.on_host))
-            node.on_host.append((actor, actor.device.total))
+            node.on_host.append((actor, actor.device))
             continue
         share = section.num_gpus
         if not share:
@@ -87,7 +95,7 @@ def place(config: Config, actors: Sequence[Actor], nodes: list[Node]) -> None:
         for gpu in taken:
             node.free[gpu] -= min(share, 1.0)
             node.on_gpu[gpu].append(actor)
-        node.on_host.append((actor, actor.host.total))
+        node.on_host.append((actor, actor.host))
 
 
 def _gpus(node: Node, share: float) -> list[int]:
@@ -96,25 +104,26 @@ def _gpus(node: Node, share: float) -> list[int]:
     return sorted(room, key=lambda gpu: node.free[gpu])
 
 
-def check(nodes: Sequence[Node], store: float) -> None:
-    """Raises ListopdError for the first GPU or machine whose memory does not do; `store` are the
-    bytes of the object store on a machine with actors."""
+def check(nodes: Sequence[Node], store: float, *, together: bool) -> None:
+    """Raises ListopdError for the first GPU or machine whose memory does not do. `store` are the
+    bytes of the object store on a machine with actors, `together` is as in `Node.need`."""
     for node in nodes:
         for number, actors in enumerate(node.on_gpu):
-            needs = [(actor, actor.device.total) for actor in actors]
+            needs = [(actor, actor.device) for actor in actors]
             place, have = f"GPU {number} of {node.name}", node.machine.gpu_memory_gib
-            _check(place, "GPU memory", needs, sum(amount for _, amount in needs), have)
-        _check(node.name, "main memory", node.on_host, node.need(store), node.memory_gib)
+            _check(place, "GPU memory", needs, sum(m.total for _, m in needs), have)
+        need = node.need(store, together=together)
+        _check(node.name, "main memory", node.on_host, need, node.memory_gib)
 
 
 def _check(
-    place: str, what: str, needs: Sequence[tuple[Actor, float]], need: float, have_gib: float
+    place: str, what: str, needs: Sequence[tuple[Actor, Memory]], need: float, have_gib: float
 ) -> None:
     if need <= have_gib * GIB:
         return
-    largest, amount = max(needs, key=lambda pair: pair[1])
+    largest, memory = max(needs, key=lambda pair: pair[1].total)
     whole = f" ({need / GIB:.1f} with all that is there)" if len(needs) > 1 else ""
     raise ListopdError(
-        f"{largest.name}: needs {amount / GIB:.1f} GiB of {what}{whole}, "
+        f"{largest.name}: needs {memory.total / GIB:.1f} GiB of {what}{whole}, "
         f"{place} has {have_gib:g} GiB"
     )

@@ -304,7 +304,7 @@ class Learner:
         columns["learner"] = logprobs[:, 0].detach().cpu().numpy()
         columns["advantage"] = advantages.cpu().numpy()
         columns["student_modal"] = logprobs[:, 1].detach().cpu().numpy()
-        columns["is_first_id"] = np.concatenate([_first_id(r) for r in rollouts])
+        columns["is_first_id"] = _first_ids(rollouts, columns)
         columns["loss"] = np.full(1, loss.item(), dtype=np.float64)
         return loss, columns
 
@@ -353,10 +353,11 @@ class Learner:
                 raise ListopdError(f"update {self.policy_version}: {name} scores are not finite")
 
 
-def _first_id(rollout: ScoredRollout) -> np.ndarray:
-    """[T] bool: where the first id of the answer is due."""
-    is_due = ~np.isnan(rollout.teacher_unused_mass)
-    return is_due & (np.cumsum(is_due) == 1)
+def _first_ids(rollouts: Sequence[ScoredRollout], columns: dict[str, np.ndarray]) -> np.ndarray:
+    """[n] bool: where the first id of an answer is due, as far as base or teacher say."""
+    is_due = ~np.isnan(columns.get("base_unused", columns["teacher_unused"]))
+    ends = np.cumsum([len(r.rollout.token_ids) for r in rollouts])
+    return np.concatenate([d & (np.cumsum(d) == 1) for d in np.split(is_due, ends[:-1])])
 
 
 def _columns(rollouts: Sequence[ScoredRollout], fields: dict[str, str]) -> dict[str, np.ndarray]:

@@ -27,10 +27,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from listopd_ray.config import Config, load_config
 from listopd_ray.job import train_job
-from listopd_ray.job_config import PlanConfig
+from listopd_ray.job_config import Machine, PlanConfig
 from listopd_ray.models import build_tokenizer, load_tokenizer
 from listopd_ray.plan.command import actors_of, models_of
-from listopd_ray.plan.memory import LIBRARIES, object_store
+from listopd_ray.plan.memory import object_store
+from listopd_ray.plan.placing import nodes_of, place
 from listopd_ray.splits import load_split
 from listopd_ray.task.contract import answer_text, ideal_ranking, prompt_text
 from listopd_ray.task.data import read_examples
@@ -206,13 +207,14 @@ def main(directory: Path, case: str) -> None:
     assert summary["num_steps"] == 2
     config = load_config(PlanConfig, [*arguments, f"plan.prompt_tokens={longest}"])
     models = models_of(config)
-    planned = {a.name.split()[0]: a.device.total for a in actors_of(config, models)}
-    store = object_store(config, models)
+    actors, store = actors_of(config, models), object_store(config, models)
+    (node,) = nodes_of({"here": Machine()}, 0.0)
+    place(config, actors, [node])
     print(f"\n{case}: MiB, planned / measured; prompts of up to {longest} tokens")
-    for role, need in planned.items():
-        _show(role, need, watch.peaks[role], watch.store[role])
-    whole = sum(planned.values()) + store - (len(planned) - 1) * LIBRARIES
-    _show("whole", whole, watch.whole, 0)
+    for actor in actors:
+        role = actor.name.split()[0]
+        _show(role, actor.device.total, watch.peaks[role], watch.store[role])
+    _show("whole", node.need(store, together=False), watch.whole, 0)
 
 
 def _show(name: str, need: float, peak: int, store: int) -> None:

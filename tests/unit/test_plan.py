@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from listopd_ray.__main__ import main
 from listopd_ray.config import load_config
-from listopd_ray.job_config import PlanConfig, SearchConfig, StudyConfig
+from listopd_ray.job_config import Machine, PlanConfig, SearchConfig, StudyConfig
 from listopd_ray.plan.command import actors_of, models_of, plan
 from listopd_ray.plan.memory import BYTES, learner_memory, per_token, scoring_memory
+from listopd_ray.plan.placing import nodes_of, place
 from listopd_ray.plan.shapes import shape_of
 from listopd_ray.types import ListopdError
 
@@ -173,17 +174,32 @@ def test_the_base_is_held_by_teachers_unless_it_is_the_student_without_its_adapt
 
 
 def test_logits_are_bounded_and_checkpointing_spares_activations(qwen3):
-    def activations(*arguments):
+    def memory(*arguments):
         config = shipped("qwen3_1p7b.yaml", qwen3, "learner.micro_batch_tokens=0", *arguments)
-        return learner_memory(config, models_of(config))[0].activations
+        return learner_memory(config, models_of(config))[0]
 
     def logits(mib):
-        return activations(f"learner.logits_mib={mib}")
+        return memory(f"learner.logits_mib={mib}").logits
 
     assert logits(512) - logits(256) == pytest.approx(2 * (256 << 20), rel=0.01)
     assert logits(4096) == logits(8192)  # there are no more
-    assert activations("learner.gradient_checkpointing=false") > 3 * activations()
-    assert activations("learner.micro_batch_size=16") < 0.8 * activations()
+    whole, half = memory().activations, memory("learner.micro_batch_size=16").activations
+    assert memory("learner.gradient_checkpointing=false").activations > 3 * whole
+    assert half < 0.8 * whole
+
+
+def test_what_comes_and_goes_is_there_for_one_role_unless_all_work_at_once():
+    keys = ["tokenizer.vocab_size=1000000", "learner.num_ranks=2", "evaluation.num_prompts=1"]
+    lengths = ["plan.prompt_tokens=4", "plan.completion_tokens=4"]
+    config = load_config(PlanConfig, [*keys, *lengths])
+    (node,) = nodes_of({"here": Machine()}, 1.0)
+    place(config, actors_of(config, models_of(config)), [node])
+    passing = {actor.name: memory.passing for actor, memory in node.on_host}
+    together, in_turn = (node.need(0.0, together=together) for together in (True, False))
+    learner = passing["learner 0"] + passing["learner 1"]
+    others = [passing["rollout 0"], passing["teacher 0"], passing["driver"]]
+    assert learner > max(others) > passing["learner 0"] / 2 > 0
+    assert together - in_turn == pytest.approx(sum(others))
 
 
 def test_roles_that_are_alike_are_one_line_and_all_are_placed(qwen3):

@@ -224,7 +224,7 @@ def test_where_the_last_checkpoint_cannot_be_written_that_is_said(
     with pytest.raises(Interrupted) as raised:
         start(
             dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=0)),
-            at=8,
+            at=10,
         )
     expected = "interrupted by SIGTERM; no checkpoint of update 2: runs/x: cannot write: No space"
     assert str(raised.value).startswith(expected)
@@ -327,14 +327,16 @@ def test_checkpoints_may_lie_elsewhere_and_are_those_of_one_run(config, start, t
 
 
 class Unfit(FakeTeacher):
-    """Says no number for some samples of every batch after the gate."""
+    """Says no number for some samples of the first of every batch's two parts."""
 
     def __init__(self, count):
         super().__init__([])
-        self.count = count
+        self.count, self.calls = count, 0
 
     def score(self, generated):
-        works = super().score(generated)
+        works, self.calls = super().score(generated), self.calls + 1
+        if self.calls % 2 == 0:
+            return works
         first = works[0].value.rollouts
         unfit = [make_scored(s.rollout, math.nan) for s in first[: self.count]]
         scored = Scored(rollouts=(*unfit, *first[self.count :]), seconds=0.0)
@@ -376,8 +378,8 @@ class Numb(Mortal):
         super().__init__([])
         self.numb = numb
 
-    def step(self, scored, lam, lr):
-        theta, metrics = self.theta, super().step(scored, lam, lr)
+    def step(self, scored, lam, lr, meanwhile):
+        theta, metrics = self.theta, super().step(scored, lam, lr, meanwhile)
         if self.policy_version - 1 in self.numb:
             self.theta = theta
             del metrics["kl/reverse"]
