@@ -19,8 +19,9 @@ from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that two processes end at about the same time."""
-    longest = ("test_search.py", "test_study.py", "test_killed.py", "test_faults.py")
-    items.sort(key=lambda item: (*longest, item.path.name).index(item.path.name))
+    longest = ("search", "search_trials", "study", "killed", "weight_sync", "faults", "teachers")
+    names = [f"test_{name}.py" for name in longest]
+    items.sort(key=lambda item: [*names, item.path.name].index(item.path.name))
 
 
 @pytest.fixture(scope="session")
