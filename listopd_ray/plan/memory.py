@@ -26,6 +26,7 @@ ON_GPU, BESIDE_GPU = 1024 * MIB, 3072 * MIB
 # activations, 0.9 for one of weights that vLLM loads anew. torch's own on GPUs: a tenth, assumed.
 KEPT_BLOCK = 128 * MIB
 HOLES, RELOAD_HOLES, GPU_HOLES = 0.7, 0.9, 0.1
+RELOAD_HEADS = 3  # of a head that vLLM loads anew: as it comes, as it is packed, and lost
 
 EVALUATED_AT_ONCE = 128  # the teacher's own completions (roles/teacher.py)
 SCORED_MIB = 256  # of float32 logits at once in a teacher (roles/scoring.py)
@@ -254,7 +255,7 @@ def _engine(
     weights = size * (shape.parameters if on_gpu else shape.published)
     tokens = max(models.length, min(2048, seqs * models.prompt))  # a step's prompts
     is_kept = not on_gpu and size * shape.head <= KEPT_BLOCK
-    heads = 2 * size * shape.head / parts  # as it comes and as it is kept, in a reload
+    heads = RELOAD_HEADS * size * shape.head / parts
     reloaded = weights if is_kept else size * shape.body
     return Memory(
         parameters=weights / parts,
