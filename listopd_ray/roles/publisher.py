@@ -47,21 +47,22 @@ class Publisher:
         tensors = self._student.adapter() if self._method == "adapter" else self._copies()
         if not self._is_first:
             return None
-        path, files = None, dict[str, int]()
-        if self._method != "object_store":
+        path, files, arrays = None, dict[str, int](), dict[int, np.ndarray]()
+        if self._method == "object_store":
+            arrays = {id(tensor): _to_numpy(tensor) for tensor in tensors.values()}
+        else:
             path = self._write(policy_version, tensors)
             files = {file.name: file.stat().st_size for file in path.iterdir()}
-        sizes = files.values() if path else (tensor.nbytes for tensor in tensors.values())
         return Weights(
             policy_version=policy_version,
             method=self._method,
-            tensors={} if path else {name: _to_numpy(each) for name, each in tensors.items()},
+            tensors={name: arrays[id(tensor)] for name, tensor in tensors.items() if arrays},
             path=str(path) if path else None,
             files=files,
             dtype=self._student.dtype_name,
             canary_ids=canary_ids,
             canary_logprobs=canary_logprobs,
-            num_bytes=sum(sizes),
+            num_bytes=sum(files.values()) + sum(array.nbytes for array in arrays.values()),
             seconds=time.perf_counter() - since,
         )
 
@@ -71,11 +72,15 @@ class Publisher:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def _copies(self) -> dict[str, torch.Tensor]:
-        """Of all weights, on the CPU, in the first rank."""
-        copies = {}
+        """Of all weights, on the CPU, in the first rank. A tied head is the embedding's copy, which
+        travels once, but for files, which cannot say so."""
+        copies, source, copy = dict[str, torch.Tensor](), None, torch.empty(0)
         for name, tensor in self._student.tensors():  # in every rank
-            if self._is_first:
-                copies[name] = tensor.to("cpu", copy=True)
+            if not self._is_first:
+                continue
+            if tensor is not source or self._method == "directory":
+                source, copy = tensor, tensor.to("cpu", copy=True)
+            copies[name] = copy
         return copies
 
     def _write(self, policy_version: int, tensors: dict[str, torch.Tensor]) -> Path:

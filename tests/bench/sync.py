@@ -33,7 +33,7 @@ SHAPES = {  # millions → layers, width, MLP, vocabulary, head
     10: (6, 320, 960, 4096, 32),
     100: (12, 768, 2304, 8192, 64),
 }
-ROUNDS = {100: 5}
+ROUNDS = {10: 10, 100: 3}
 RANK = 8
 CANARY = np.arange(80, dtype=np.int32) + 5  # tokens, about a prompt with its answer
 METHODS = {  # row → (method, worker)
@@ -72,6 +72,7 @@ class Worker(RolloutWorker):
         vllm_weights.UNPACKED_WIDTH = 0 if kind == "packed" else 1 << 20
         super().__init__(
             RolloutConfig(kv_cache_mib=256),
+            max_num_seqs=64,
             model_path=path,
             dtype="float32",
             device="cpu",
@@ -134,7 +135,7 @@ def measure(millions):
             cells = [f"{size:.2f} M", name, f"{num_bytes[0] / 1e6:.2f} MB", *map(shown, parts)]
             print("|", " | ".join(cells), "|", flush=True)
         seconds = {kind: [] for kind in workers}
-        for _ in range(3 if millions == 100 else 7):
+        for _ in range(1 if millions == 100 else 5):
             for kind, worker in workers.items():
                 generated = ray.get(worker.generate.remote(requests))
                 seconds[kind].append(1e3 * generated.seconds)

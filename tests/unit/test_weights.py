@@ -1,6 +1,7 @@
 """Weights as tensors, as files and as adapters, without Ray and vLLM."""
 
 import dataclasses
+import pickle
 import time
 from types import SimpleNamespace
 
@@ -75,6 +76,7 @@ def make_worker(student_path):
             model_path=str(student_path),
             dtype="float32",
             device="cpu",
+            max_num_seqs=8,
             end_ids=(0,),
             max_prompt_tokens=64,
             max_new_tokens=4,
@@ -241,7 +243,13 @@ def test_the_canary_sees_an_adapter_of_another_scale(make_student, make_publishe
 
 def test_bytes_of_arrays_are_counted(make_student, make_publisher):
     weights = make_publisher(make_student(), "object_store").publish(0)
-    assert weights.num_bytes == sum(array.nbytes for array in weights.tensors.values())
+    head, embedding = (
+        weights.tensors[name] for name in ("lm_head.weight", "model.embed_tokens.weight")
+    )
+    assert head is embedding, "pickled once"
+    total = sum(array.nbytes for array in weights.tensors.values()) - head.nbytes
+    assert weights.num_bytes == total
+    assert total < len(pickle.dumps(weights)) < total + 10_000
     assert 0 < weights.seconds < 60
 
 
