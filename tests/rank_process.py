@@ -1,10 +1,25 @@
 """One rank of a learner, for test_ranks: it steps on recorded batches and keeps what came of it."""
 
+import traceback
+
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from listopd_ray.roles.learner import Learner
 from listopd_ray.roles.ranks import whole
+
+
+def serve(rank, tasks, outcomes):
+    """Runs what comes, an error's trace or None for each, until None comes."""
+    for task in iter(tasks.get, None):
+        try:
+            run(rank, *task)
+            outcomes.put(None)
+        except Exception:
+            outcomes.put(traceback.format_exc())
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def run(rank, meeting_point, config, arguments, batches, out):

@@ -40,7 +40,23 @@ def batches(rollouts, teacher_path, base_path):
 
 
 @pytest.fixture(scope="module")
-def run_ranks(student_path, canary_ids, batches, tmp_path_factory):
+def processes():
+    """Two that take tasks, and their answers: to start one takes ten seconds."""
+    queues = [(PROCESSES.Queue(), PROCESSES.Queue()) for _ in range(2)]
+    ranks = [
+        PROCESSES.Process(target=rank_process.serve, args=(rank, *both), daemon=True)
+        for rank, both in enumerate(queues)
+    ]
+    for process in ranks:
+        process.start()
+    yield queues
+    for (tasks, _), process in zip(queues, ranks, strict=True):
+        tasks.put(None)
+        process.join(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def run_ranks(processes, student_path, canary_ids, batches, tmp_path_factory):
     """Runs a learner of `count` ranks over the batches; the directory with what it left."""
 
     def run(count, lora=0, **learner):
@@ -55,17 +71,11 @@ def run_ranks(student_path, canary_ids, batches, tmp_path_factory):
             probe.bind(("127.0.0.1", 0))
             point = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
         arguments = {"student_path": str(student_path), "canary_ids": canary_ids}
-        ranks = [
-            PROCESSES.Process(
-                target=rank_process.run, args=(rank, point, config, arguments, batches, str(out))
-            )
-            for rank in range(count)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(timeout=120)
-        assert [process.exitcode for process in ranks] == [0] * count
+        for tasks, _ in processes[:count]:
+            tasks.put((point, config, arguments, batches, str(out)))
+        for _, outcomes in processes[:count]:
+            error = outcomes.get(timeout=120)
+            assert error is None, error
         return out
 
     return run
