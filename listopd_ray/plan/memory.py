@@ -26,6 +26,7 @@ ON_GPU, BESIDE_GPU = 1024 * MIB, 3072 * MIB
 # activations, 0.9 for one of weights that vLLM loads anew. torch's own on GPUs: a tenth, assumed.
 KEPT_BLOCK = 128 * MIB
 HOLES, RELOAD_HOLES, GPU_HOLES = 0.7, 0.9, 0.1
+RELOAD_HEADS = 2  # of a head that vLLM loads anew: as it comes and as it is packed
 
 EVALUATED_AT_ONCE = 128  # the teacher's own completions (roles/teacher.py)
 SCORED_MIB = 256  # of float32 logits at once in a teacher (roles/scoring.py)
@@ -110,7 +111,7 @@ def learner_memory(config: Config, models: Models) -> tuple[Memory, Memory]:
     has_adapter = config.lora.rank > 0
     trained = shape.adapter * 4 if has_adapter else shape.parameters * size
     weights = shape.parameters * size + (trained if has_adapter else 0)
-    published = shape.published * size if config.sync.method != "adapter" else trained
+    published = shape.parameters * size if config.sync.method != "adapter" else trained
     on_gpu, exported = config.device == "cuda", shape.parameters * size
     layers = _layers(config, models)
     if learner.autocast and (shards == 1 or has_adapter):  # bfloat16 copies of all matrices
@@ -211,7 +212,7 @@ def object_store(config: Config, models: Models) -> float:
     """Bytes on every machine with a learner or rollout worker: this version and the next."""
     if config.sync.method != "object_store":
         return 0.0
-    return 2 * models.student.published * BYTES[config.learner.dtype]
+    return 2 * models.student.parameters * BYTES[config.learner.dtype]
 
 
 def _on(config: Config, section: str, memory: Memory) -> tuple[Memory, Memory]:
@@ -251,18 +252,19 @@ def _engine(
     """vLLM's, on each of the GPUs that share it."""
     size, parts = BYTES[dtype], engine.get("tensor_parallel_size", 1)
     on_gpu = config.device == "cuda"
-    weights = size * (shape.parameters if on_gpu else shape.published)
+    weights = size * (shape.parameters if on_gpu else shape.packed)
     tokens = max(models.length, min(2048, seqs * models.prompt))  # a step's prompts
     is_kept = not on_gpu and size * shape.head <= KEPT_BLOCK
-    heads = 2 * size * shape.head / parts  # as it comes and as it is kept, in a reload
+    heads = RELOAD_HEADS * size * shape.head / parts
     reloaded = weights if is_kept else size * shape.body
+    lost = 0 if is_kept or on_gpu else size * shape.head  # measured, of a head that is given back
     return Memory(
         parameters=weights / parts,
         kv_cache=(cache or cache_bytes(shape, size, seqs, models.length)) / parts,
         activations=tokens * _passing(shape, size) / parts,
         logits=3 * 4 * max(seqs, models.length) * shape.vocab,  # of samples or of the canary
         transit=0 if is_kept else heads,
-        holes=0 if on_gpu else RELOAD_HOLES * reloaded + (heads if is_kept else 0),
+        holes=0 if on_gpu else RELOAD_HOLES * reloaded + (heads if is_kept else lost),
     )
 
 

@@ -35,8 +35,8 @@ class Shape:
         return self.vocab * self.hidden
 
     @property
-    def published(self) -> int:
-        """A tied head travels under its own name too."""
+    def packed(self) -> int:
+        """vLLM's CPU backend keeps a packed copy of a tied head."""
         return self.parameters + (self.head if self.tied else 0)
 
     @property

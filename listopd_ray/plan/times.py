@@ -77,7 +77,7 @@ def estimate(config: Config, models: Models, rates: Rates) -> Times:
     score = scored / config.scoring.num_actors / rates.operations[dtype]
     generate = _generate(config, models, rates, samples)
     size = BYTES[learner.dtype]
-    moved = 4 * student.adapter if config.sync.method == "adapter" else size * student.published
+    moved = 4 * student.adapter if config.sync.method == "adapter" else size * student.parameters
     sync = moved / rates.weights
     together = max(generate, score + learn) if config.max_staleness else generate + score + learn
     return Times(generate=generate, score=score, learn=learn, sync=sync, turn=together + sync)
