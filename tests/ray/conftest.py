@@ -19,7 +19,7 @@ from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that two processes end at about the same time."""
-    longest = ("search", "search_trials", "study", "killed", "weight_sync", "faults", "teachers")
+    longest = ("search_trials", "search", "study", "submit", "hosts", "weight_sync", "killed")
     names = [f"test_{name}.py" for name in longest]
     items.sort(key=lambda item: [*names, item.path.name].index(item.path.name))
 

@@ -96,7 +96,10 @@ def whole(small: Config, prepared: Prepared, hf_cluster: Cluster) -> Path:
     return Path(small.out) / small.name
 
 
-@pytest.mark.skipif(ROUNDS == 1, reason="of `make chaos`; test_train_faults does it with fakes")
+of_chaos = pytest.mark.skipif(ROUNDS == 1, reason="of `make chaos`; test_train_faults has fakes")
+
+
+@of_chaos
 def test_a_run_that_ends_at_five_places_of_an_update_equals_the_undisturbed(
     small: Config, prepared: Prepared, hf_cluster: Cluster, whole: Path
 ) -> None:
@@ -119,7 +122,8 @@ def test_a_run_that_ends_at_five_places_of_an_update_equals_the_undisturbed(
     check_equal(Path(config.out) / "ended", whole)
 
 
-@pytest.mark.parametrize("place", [*(range(5) if ROUNDS > 1 else ()), "checkpoint"])
+@of_chaos
+@pytest.mark.parametrize("place", [*range(5), "checkpoint"])
 def test_a_run_whose_process_is_killed_and_then_terminated_equals_the_undisturbed(
     small: Config, whole: Path, tmp_path: Path, place: int | str
 ) -> None:
