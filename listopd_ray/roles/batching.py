@@ -1,6 +1,7 @@
 """From ragged sequences to tensors and back: padding, and the one place that shifts.
 
-B sequences · L padded length · N completion tokens of all sequences, flat in order · V vocabulary.
+B sequences · L padded length · N completion tokens of all sequences, flat in order ·
+H hidden size · V vocabulary.
 """
 
 from __future__ import annotations
@@ -50,13 +51,18 @@ def collate_rollouts(rollouts: Sequence[Rollout], device: str = "cpu") -> Batch:
     return collate([r.prompt.token_ids for r in rollouts], [r.token_ids for r in rollouts], device)
 
 
+def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """[N, H]: what the head makes the completion tokens' logits of."""
+    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    return hidden[batch.rows, batch.columns]
+
+
 def completion_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """log-softmax [N, V] in float32 at the positions that predict the completion tokens.
 
     The head runs at those positions only, never over prompts and padding.
     """
-    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    logits = model.get_output_embeddings()(hidden[batch.rows, batch.columns])
+    logits = model.get_output_embeddings()(hidden_states(model, batch))
     return torch.log_softmax(logits.float(), dim=-1)
 
 

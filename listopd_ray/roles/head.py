@@ -13,17 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-
-from listopd_ray.roles.batching import Batch
 
 MIB = 1 << 20
-
-
-def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """[N, H]: what the head makes the completion tokens' logits of."""
-    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    return hidden[batch.rows, batch.columns]
 
 
 def token_logprobs(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from listopd_ray.checkpoint import CorruptCheckpoint, Files, digests, fetched, staged
 from listopd_ray.config import Config, learner_scores_base
-from listopd_ray.models import end_ids, load_tokenizer, read_files
+from listopd_ray.models import end_ids, read_files
 from listopd_ray.roles.batching import Batch, collate, collate_rollouts, micro_batches
 from listopd_ray.roles.losses import TokenScores, Update
 from listopd_ray.roles.publisher import Publisher
@@ -64,11 +64,11 @@ class Learner:
         self._config = config
         self._device = config.device
         self._ranks = Ranks.join(rank, config.learner.num_ranks, meeting_point, config.device)
-        tokenizer = load_tokenizer(student_path)
         self._student = Student(student_path, config, self._ranks)
         self._publisher = Publisher(
             self._student, config.sync.method, sync_directory, is_first=rank == 0
         )
+        tokenizer = self._student.tokenizer
         self._contract = Contract(tokenizer, end_ids(student_path, tokenizer))
         self._canary_ids = canary_ids
         self._optimizer = torch.optim.AdamW(
@@ -239,12 +239,12 @@ class Learner:
             return {path.name: read_files(str(path)) for path in Path(directory).iterdir()}
 
     def _optimizer_state(self) -> dict[str, torch.Tensor]:
-        """Whole, in every rank, by number of the parameter and name of the slot."""
-        return {
-            f"{index}.{slot}": whole(value).cpu()
+        """Whole, in rank 0 alone, by number of the parameter and name of the slot."""
+        return self._ranks.collected(
+            (f"{index}.{slot}", whole(value))
             for index, slots in self._optimizer.state_dict()["state"].items()
             for slot, value in slots.items()
-        }
+        )
 
     def _restore_optimizer(self, saved: dict[str, torch.Tensor]) -> None:
         slots: dict[int, dict[str, torch.Tensor]] = {}

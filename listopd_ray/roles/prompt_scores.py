@@ -22,7 +22,6 @@ from listopd_ray.types import ListopdError, Rollout, StrPath
 
 # Of any kind of text: an engine and transformers must agree on it.
 CANARY = '1 Blue sock $12.50 (7)\n2 jacket 日本\n{"ranking": [2, 1]}'
-BLOCK_TOKENS = 128  # the largest block of a KV cache
 
 
 class PromptScores:

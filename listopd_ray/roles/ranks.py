@@ -38,6 +38,11 @@ class Ranks:
         for reduction in reductions:
             reduction.wait()
 
+    def collected(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """On the CPU: all ranks run through them, since parts may be spread, and rank 0 keeps
+        them."""
+        return {name: tensor.cpu() for name, tensor in tensors if self.rank == 0}
+
     def gathered(self, value: Any) -> list[Any]:
         """What every rank has, in their order, in every rank; pickled."""
         if self.count == 1:

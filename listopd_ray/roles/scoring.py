@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from listopd_ray.config import TeacherActorConfig
-from listopd_ray.roles.batching import Batch
-from listopd_ray.roles.head import hidden_states, logits_by_chunk
+from listopd_ray.roles.batching import Batch, hidden_states
+from listopd_ray.roles.head import logits_by_chunk
 from listopd_ray.task.contract import IdTokens, TokenText, scan
 from listopd_ray.types import Rollout, ScoredRollout, TokenClass
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from listopd_ray.config import Config, LearnerConfig
 from listopd_ray.models import load_model, load_tokenizer
-from listopd_ray.roles.batching import Batch
-from listopd_ray.roles.head import hidden_states, token_logprobs
+from listopd_ray.roles.batching import Batch, hidden_states
+from listopd_ray.roles.head import token_logprobs
 from listopd_ray.roles.ranks import Ranks, fill, whole
 from listopd_ray.types import ListopdError, StrPath
 
@@ -30,7 +30,7 @@ class Student:
     def __init__(self, path: StrPath, config: Config, ranks: Ranks) -> None:
         learner = self._config = config.learner
         self._device, self._ranks = config.device, ranks
-        self._tokenizer = load_tokenizer(path)
+        self.tokenizer = load_tokenizer(path)
         self.model = load_model(path, dtype=learner.dtype, device=config.device)
         self.dtype_name = learner.dtype
         self._peft: PeftModel | None = None
@@ -90,14 +90,15 @@ class Student:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The student's checkpoint, an adapter merged, on the CPU; in rank 0 alone."""
-        tensors = self._collected(self.tensors())
+        tensors = self._ranks.collected(self.tensors())
         if self.model.config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)
         return tensors
 
     def adapter(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors under PEFT's names, on the CPU; in rank 0 alone."""
-        return self._collected((name, whole(p.detach())) for name, p in self._adapter_parameters())
+        parameters = self._adapter_parameters()
+        return self._ranks.collected((name, whole(p.detach())) for name, p in parameters)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What training changes: `adapter`, or `weights`."""
@@ -106,7 +107,7 @@ class Student:
     def write(self, directory: Path, weights: dict[str, torch.Tensor]) -> None:
         """`weights` as a Hugging Face directory."""
         self.model.save_pretrained(directory, state_dict=weights)
-        self._tokenizer.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
 
     def write_adapter(self, directory: Path, adapter: dict[str, torch.Tensor]) -> None:
         """`adapter` as a PEFT directory."""
@@ -137,11 +138,6 @@ class Student:
         for name, parameter in self._peft.named_parameters():
             if ".lora_" in name:
                 yield _peft_name(name), parameter
-
-    def _collected(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """All ranks run through them, rank 0 keeps them."""
-        is_first = self._ranks.rank == 0
-        return {name: tensor.cpu() for name, tensor in tensors if is_first}
 
 
 class _Forward(torch.nn.Module):
