@@ -92,11 +92,12 @@ class Learner:
         rollouts = [rollout for part in scored for rollout in part.rollouts]
         self._check_finite(rollouts)  # in every rank alike: none is left waiting
         num_tokens = sum(len(r.rollout.token_ids) for r in rollouts)
+        update = self._update(lam)
         self._optimizer.zero_grad(set_to_none=True)
         parts, order = [], list[int]()
         for group in self._groups(rollouts):
             # Sharded ranks wait for each other in every pass: one with nothing left counts nothing.
-            loss, columns = self._loss([rollouts[i] for i in group or [0]], lam, num_tokens)
+            loss, columns = self._loss([rollouts[i] for i in group or [0]], update, num_tokens)
             (loss if group else loss * 0.0).backward()
             if group:
                 order += group
@@ -118,7 +119,7 @@ class Learner:
             self._optimizer.step()
         staleness = [self.policy_version - r.rollout.policy_version for r in rollouts]
         self.policy_version += 1
-        measured = update_metrics(columns, self._config.clip) | {"loss/grad_norm": grad_norm}
+        measured = update_metrics(columns, update) | {"loss/grad_norm": grad_norm}
         ends = np.cumsum([len(rollouts[index].rollout.token_ids) for index in order])
         self._last = {
             "advantages": dict(zip(order, np.split(columns["advantage"], ends[:-1]), strict=True)),
@@ -277,7 +278,7 @@ class Learner:
         return mine + [[]] * (rounds - len(mine))
 
     def _loss(
-        self, rollouts: Sequence[ScoredRollout], lam: float, num_tokens: int
+        self, rollouts: Sequence[ScoredRollout], update: Update, num_tokens: int
     ) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
         """The micro-batch's share of the loss, and per-token columns [n] for the metrics."""
         batch = collate_rollouts([r.rollout for r in rollouts], self._device)
@@ -300,7 +301,7 @@ class Learner:
             learner_support=logprobs[:, 2:] if support else None,
             **{name: self._on_device(column) for name, column in (given | support).items()},
         )
-        loss, advantages = self._update(lam).loss(scores, num_tokens)
+        loss, advantages = update.loss(scores, num_tokens)
         columns["learner"] = logprobs[:, 0].detach().cpu().numpy()
         columns["advantage"] = advantages.cpu().numpy()
         columns["student_modal"] = logprobs[:, 1].detach().cpu().numpy()

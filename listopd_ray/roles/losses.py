@@ -47,6 +47,17 @@ class Update:
     ratio_clip: float = 0.2
     ratio_cap: float = 2.0
 
+    @property
+    def ratio_range(self) -> tuple[float, float]:
+        """Where π_θ/μ of a token counts as it is."""
+        if self.importance == "gate":
+            return 1 / self.ratio_cap, self.ratio_cap
+        if self.importance == "truncate":
+            return 0.0, self.ratio_cap
+        if self.estimator == "topk":  # without a ratio
+            return 0.0, math.inf
+        return 1.0 - self.ratio_clip, 1.0 + self.ratio_clip
+
     def loss(self, scores: TokenScores, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss, a scalar, and the advantages [N] of the sampled tokens, detached.
 

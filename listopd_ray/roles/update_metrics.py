@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from listopd_ray.roles.losses import Update
 from listopd_ray.types import CONTRACT_CLASSES
 
 
-def update_metrics(columns: dict[str, np.ndarray], clip: float) -> dict[str, float]:
-    """Scalars of one update from its per-token columns; `clip`: c."""
+def update_metrics(columns: dict[str, np.ndarray], update: Update) -> dict[str, float]:
+    """Scalars of one update from its per-token columns."""
+    bound, (low, high) = math.log(update.clip), update.ratio_range
     gap = columns["teacher"] - columns["learner"]
     mismatch = columns["learner"] - columns["sampler"]
     ratio = np.exp(mismatch)
@@ -21,11 +23,12 @@ def update_metrics(columns: dict[str, np.ndarray], clip: float) -> dict[str, flo
         "kl/reverse": -gap.mean(),
         "kl/mismatch": -mismatch.mean(),
         "kl/mismatch_max": np.abs(mismatch).max(),
-        "loss/clip_fraction": (np.abs(gap) >= math.log(clip)).mean(),
+        "loss/clip_fraction": (np.abs(gap) >= bound).mean(),
         "loss/importance_ratio_max": ratio.max(),
+        "loss/ratio_clipped": ((ratio < low) | (ratio > high)).mean(),
         "loss/effective_sample_size": _effective_sample_size(ratio),
     }
-    metrics |= _class_metrics(columns, gap, ratio, math.log(clip))
+    metrics |= _class_metrics(columns, gap, ratio, bound)
     return {name: float(value) for name, value in metrics.items()}
 
 

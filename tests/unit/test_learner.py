@@ -160,6 +160,7 @@ def test_metrics_match_the_oracle(
         "kl/mismatch": np.mean(np.subtract(sampler, own)),
         "kl/mismatch_max": np.abs(np.subtract(sampler, own)).max(),
         "loss/clip_fraction": np.mean(np.abs(gaps) >= math.log(2)),
+        "loss/ratio_clipped": np.mean(np.abs(np.exp(np.subtract(own, sampler)) - 1) > 0.2),
         "rollout/tokens": len(own),
         "rollout/staleness": 0,
     }

@@ -348,6 +348,9 @@ def test_the_update_weighs_every_estimator_as_its_options_say(estimator, importa
         )
         return update.loss(scores, 1)[0].item()
 
+    low, high = update.ratio_range
+    whole = {"clip": estimator == "topk", "truncate": False, "gate": False}[importance]
+    assert low <= 1 <= high and (low <= 4 <= high) == whole
     share = {"clip": 1.0 if estimator == "topk" else None, "truncate": 2.0, "gate": 0.0}[importance]
     if share is None:  # pessimistic: 1.2 of a gain, 4 of a loss
         share = 1.2 if loss(1.0) < 0 else 4.0
