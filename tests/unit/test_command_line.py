@@ -110,6 +110,7 @@ def test_the_command_line_runs_as_a_module_and_leaves_with_its_status(tmp_path):
 )
 def test_a_signal_ends_a_command_in_one_line_with_its_status(name, signum, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
     monkeypatch.setattr(
         "listopd_ray.__main__._dispatch", lambda _: os.kill(os.getpid(), int(signum))
     )
@@ -118,6 +119,7 @@ def test_a_signal_ends_a_command_in_one_line_with_its_status(name, signum, monke
             main([])
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
     assert raised.value.code == 128 + signum
     assert capsys.readouterr().err == f"listopd: interrupted by {name}\n"
 
