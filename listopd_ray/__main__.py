@@ -17,6 +17,7 @@ from listopd_ray.config import Config, describe_keys, load_config
 from listopd_ray.job_config import (
     CalibrateConfig,
     CompareConfig,
+    ImportConfig,
     PlanConfig,
     ReportConfig,
     SearchConfig,
@@ -285,9 +286,10 @@ def _dispatch(arguments: list[str]) -> None:
     if arguments[0] == "--version":
         print(f"listopd {__version__}")
         return
-    if arguments[0] == "data" and (len(arguments) == 1 or arguments[1] in ("--help", "-h")):
-        for name in ("data synthetic", "data amazon"):
-            print(f"  {name:<18}{COMMANDS[name].summary}")
+    group = {name: c for name, c in COMMANDS.items() if name.startswith(f"{arguments[0]} ")}
+    if group and (len(arguments) == 1 or arguments[1] in ("--help", "-h")):
+        for name, command in group.items():
+            print(f"  {name:<18}{command.summary}")
         return
     name, rest = _find_command(arguments)
     command = COMMANDS[name]
@@ -325,7 +327,8 @@ def _find_command(arguments: list[str]) -> tuple[str, list[str]]:
         name = " ".join(arguments[:length])
         if name in COMMANDS:
             return name, arguments[length:]
-    given = " ".join(arguments[:2]) if arguments[0] == "data" else arguments[0]
+    is_group = any(name.startswith(f"{arguments[0]} ") for name in COMMANDS)
+    given = " ".join(arguments[:2]) if is_group else arguments[0]
     near = get_close_matches(given, COMMANDS, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"one of: {', '.join(COMMANDS)}"
     raise ListopdError(f"no command '{given}'; {hint}")

@@ -48,6 +48,14 @@ class StudyConfig(Config):
     study: StudySection = field(default_factory=StudySection)
 
 
+@dataclass(frozen=True)
+class ImportConfig:
+    """Of `listopd model import`."""
+
+    gguf: str | None = None  # the file
+    out: str | None = None  # directory to make
+
+
 Metric = Literal[
     "eval/parse_rate", "eval/ndcg_at_1_all", "eval/ndcg_at_k_all", "eval/kendall_tau_all"
 ]

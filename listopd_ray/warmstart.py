@@ -29,7 +29,7 @@ from ray.train.torch import TorchTrainer, prepare_model
 from ray.util.placement_group import remove_placement_group
 from ray.util.queue import Queue
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from listopd_ray.cluster import ray_session
 from listopd_ray.config import Config, ModelConfig, WarmstartConfig
@@ -87,6 +87,7 @@ def _cache_key(config: Config, model: ModelConfig) -> str:
         "max_prompt_tokens": config.data.max_prompt_tokens,
         "seed": _seed(config, model),
         "workers": config.warmstart_workers,
+        **({"autocast": True} if config.learner.autocast else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -119,6 +120,7 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
             train_loop_config={
                 "start": ray.put(read_files(str(start))),
                 "warmstart": model.warmstart,
+                "autocast": config.learner.autocast,
                 "seed": seed,
                 "sequences": ray.put(sequences),
                 "results": results,
@@ -188,7 +190,7 @@ def _worker(arguments: dict[str, Any]) -> None:
         write_files(Path(directory), ray.get(arguments["start"]))
         bare = load_model(directory)
     vocab_size = bare.config.vocab_size
-    model = prepare_model(bare)
+    model = prepare_model(_Losses(bare))
     optimizers = _optimizers(model, config)
     rng = np.random.default_rng([arguments["seed"], 1])
     order = np.empty(0, dtype=np.int64)
@@ -197,13 +199,14 @@ def _worker(arguments: dict[str, Any]) -> None:
             order = np.concatenate([order, rng.permutation(len(sequences))])
         picked, order = order[: config.batch_size], order[config.batch_size :]
         batch = _make_batch([sequences[i] for i in picked], config, vocab_size, rng)
-        input_ids, targets, weights = (t[rank::world] for t in batch)
-        logits = model(input_ids=input_ids.to(bare.device), use_cache=False).logits[:, :-1].float()
-        losses = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten().to(bare.device), reduction="none"
-        )
+        input_ids, targets, weights = (t[rank::world].to(bare.device) for t in batch)
+        # Of a small model the head is much of the work. Where the prompt counts all places do.
+        counted = None if config.prompt_loss_weight else weights > 0
+        with torch.autocast(bare.device.type, torch.bfloat16, enabled=arguments["autocast"]):
+            losses = model(input_ids, targets, counted)
+        kept = weights.flatten() if counted is None else weights[counted]
         # DDP averages over ranks: the factor makes it the mean over the whole batch.
-        loss = (losses * weights.flatten().to(bare.device)).sum() * world / batch[2].sum()
+        loss = (losses * kept).sum() * world / batch[2].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         for optimizer in optimizers:
@@ -217,6 +220,24 @@ def _worker(arguments: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as directory:
             bare.save_pretrained(directory)
             arguments["results"].put(read_files(directory))
+
+
+class _Losses(torch.nn.Module):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Cross-entropies [N] of the targets [B, L − 1], or of those where `counted` holds."""
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        head = self.model.get_output_embeddings()
+        if counted is None:
+            logits, targets = head(hidden)[:, :-1].flatten(0, 1), targets.flatten()
+        else:
+            logits, targets = head(hidden[:, :-1][counted]), targets[counted]
+        return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def _make_batch(

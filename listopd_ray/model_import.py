@@ -1,0 +1,100 @@
+"""GGUF files as ordinary Hugging Face checkpoint directories, in float32."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from listopd_ray.checkpoint import writing
+from listopd_ray.job_config import ImportConfig
+from listopd_ray.models import load_model, load_tokenizer
+from listopd_ray.types import ListopdError
+
+MAGIC = b"GGUF"
+PROBE = "The three primary colours are red, yellow and blue. Paris is the capital of France."
+
+
+def import_model(config: ImportConfig) -> str:
+    """Write the checkpoint and say so in one line; whole or not at all.
+
+    The model that is read back from the directory must say the same of a probe text as the one
+    out of the file. Raises ListopdError for a file that is none, one of an architecture or
+    quantisation that transformers cannot convert, and for a directory that exists.
+    """
+    if config.gguf is None or config.out is None:
+        raise ListopdError("model import: give gguf=FILE and out=DIR")
+    file, out = Path(config.gguf), Path(config.out)
+    _check_file(file)
+    if out.exists():
+        raise ListopdError(f"out: {out}: exists already")
+    model, tokenizer = _read(file)
+    with writing(str(out)):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+            partial = Path(scratch, "model")
+            _without_quantization(model).save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            ids = load_tokenizer(partial).encode(PROBE)
+            said = _logprobs(model, tokenizer.encode(PROBE))
+            difference = (_logprobs(load_model(partial), ids) - said).abs().max().item()
+            if not difference <= 1e-4:  # NaN fails too
+                raise ListopdError(
+                    f"{file}: the written checkpoint's log-probabilities differ by {difference:.2g}"
+                )
+            os.replace(partial, out)
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    return (
+        f"{out}: {type(model).__name__}, {millions:.1f} M parameters in float32; log-probabilities "
+        f"within {difference:.1g} nats of the file's, {said.mean():.2f} a token of plain English"
+    )
+
+
+def _check_file(file: Path) -> None:
+    try:
+        with file.open("rb") as stream:
+            magic = stream.read(len(MAGIC))
+    except OSError as error:
+        raise ListopdError(f"gguf: {file}: {error.strerror}") from None
+    if magic != MAGIC:
+        raise ListopdError(f"gguf: {file}: not a GGUF file")
+
+
+def _read(file: Path) -> tuple[PreTrainedModel, Any]:
+    """The model, dequantised, and its tokenizer."""
+    options = dict(gguf_file=file.name, local_files_only=True)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.float32, output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+    except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ListopdError(f"gguf: {file}: cannot be converted: {reason}") from None
+    if report["missing_keys"]:  # transformers would draw them at random
+        raise ListopdError(f"gguf: {file}: weights are missing: {min(report['missing_keys'])}")
+    return model.eval(), tokenizer
+
+
+def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that can be saved: one out of a file still passes for
+    quantised."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    copy = type(model)(config)
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = model.generation_config
+    return copy
+
+
+@torch.inference_mode()
+def _logprobs(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """[L − 1], of every token after the first."""
+    tokens = torch.tensor([ids])
+    logprobs = torch.log_softmax(model(tokens).logits[0, :-1].float(), dim=-1)
+    return logprobs.gather(-1, tokens[0, 1:, None])[:, 0]
