@@ -17,7 +17,6 @@ from listopd_ray.config import Config, describe_keys, load_config
 from listopd_ray.job_config import (
     CalibrateConfig,
     CompareConfig,
-    ImportConfig,
     PlanConfig,
     ReportConfig,
     SearchConfig,

@@ -25,7 +25,8 @@ STAGES = ("generate", "score", "learn", "sync")  # of an update: time/<stage>_s
 TIMING = ("time/", "perf/", "fault/")  # the only metrics in which two equal runs may differ
 # Keys that may differ from sitting to sitting: where a run runs, and what is watched of it.
 MAY_DIFFER = re.compile(
-    r"^(tracking\.|autoscaling_wait_s$|trace$)|\.(num_cpus|num_gpus)$|\.labels(\.|$)"
+    r"^(tracking\.|autoscaling_wait_s$|trace$|learner\.(num_ranks|sharding)$)"
+    r"|\.(num_cpus|num_gpus)$|\.labels(\.|$)"
 )
 LOCK_WAIT_S = 20.0  # the actors of a driver that was killed live on for some seconds
 

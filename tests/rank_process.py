@@ -39,6 +39,7 @@ def run(rank, meeting_point, config, arguments, batches, out):
     if rank == 0:
         np.savez(f"{out}/steps.npz", gradients=gradients, weights=weights)
         given = {"metrics": metrics, "exported": exported, "published": published.tensors}
+        given["files"] = files
         torch.save(given, f"{out}/given.pt")
     else:
         assert exported is published is None

@@ -36,6 +36,15 @@ COLUMNS = {  # of the table; fields of Memory
     "process": "process",
     "total": "total",
 }
+POSITIVE = (  # of a machine
+    "count",
+    "memory_gib",
+    "gpu_memory_gib",
+    "tflops",
+    "tflops_float32",
+    "memory_gb_s",
+    "weights_gb_s",
+)
 COMPLETION = 40  # tokens, where nothing says
 
 
@@ -69,6 +78,9 @@ def models_of(config: PlanConfig) -> Models:
     if config.base.path:
         base = shape_of(config.base.path, "base.path", vocab)
     section = config.plan
+    for name in ("prompt_tokens", "completion_tokens"):
+        if (getattr(section, name) or 1) < 1:
+            raise ListopdError(f"plan.{name}: must be at least 1")
     return Models(
         student=student,
         teachers=teachers,
@@ -82,7 +94,7 @@ def actors_of(config: Config, models: Models) -> list[Actor]:
     """In the order in which Ray places them; the driver first."""
     actors = [_actor("driver", "driver", (driver_memory(config, models), Memory()))]
     for rank in range(config.learner.num_ranks):
-        actors.append(_actor(f"learner {rank}", "learner", learner_memory(config, models)))
+        actors.append(_actor(f"learner {rank}", "learner", learner_memory(config, models, rank)))
     for index in range(config.rollout.num_workers):
         actors.append(_actor(f"rollout {index}", "rollout", rollout_memory(config, models)))
     for name, shape in models.teachers.items():
@@ -99,12 +111,12 @@ def _actor(name: str, section: str, both: tuple[Memory, Memory]) -> Actor:
 def _machines(config: PlanConfig) -> dict[str, Machine]:
     machines = config.plan.machines or {"this machine": Machine()}
     for name, machine in machines.items():
-        for key in ("count", "memory_gib", "gpu_memory_gib", "tflops", "tflops_float32"):
+        for key in POSITIVE:
             value = getattr(machine, key)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ListopdError(f"plan.machines.{name}.{key}: must be finite and > 0")
-        if machine.num_gpus < 0 or machine.weights_gb_s <= 0 or (machine.memory_gb_s or 1) <= 0:
-            raise ListopdError(f"plan.machines.{name}: num_gpus ≥ 0, rates > 0")
+        if machine.num_gpus < 0:
+            raise ListopdError(f"plan.machines.{name}.num_gpus: must be ≥ 0")
     return machines
 
 

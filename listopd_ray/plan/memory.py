@@ -104,8 +104,8 @@ def micro_batch(config: Config, length: int) -> int:
     return max(1, min(rows, fits))
 
 
-def learner_memory(config: Config, models: Models) -> tuple[Memory, Memory]:
-    """Of one rank: on its device, and in main memory beside a GPU."""
+def learner_memory(config: Config, models: Models, rank: int = 0) -> tuple[Memory, Memory]:
+    """Of a rank: on its device, and in main memory beside a GPU."""
     learner, shape = config.learner, models.student
     size, shards = BYTES[learner.dtype], learner.num_ranks if learner.sharding == "full" else 1
     has_adapter = config.lora.rank > 0
@@ -127,9 +127,11 @@ def learner_memory(config: Config, models: Models) -> tuple[Memory, Memory]:
         activations=layers + (head if is_kept else 0),
         logits=0.0 if is_kept else head,
         holes=layers * (GPU_HOLES if on_gpu else HOLES),
-        transit=0.0 if on_gpu else max(published, 2 * exported),
+        transit=0.0 if on_gpu or rank else max(published, 2 * exported),
         process=ON_GPU if on_gpu else PROCESS["learner"],
     )
+    if rank:  # rank 0 alone collects
+        return device, Memory(process=BESIDE_GPU)
     # An export is there as files and as the message they travel in; from a GPU as tensors too, as
     # is what goes into a checkpoint: weights and both moments.
     transit = max(published, 3 * trained, 3 * exported)
@@ -229,14 +231,14 @@ def _passing(shape: Shape, size: int) -> int:
 
 
 def _transformers(config: Config, shape: Shape, models: Models, dtype: str, seqs: int) -> Memory:
-    """A model of transformers that samples `seqs` completions at once; the logits of all steps are
-    there three times: one by one, end to end, and as log-probabilities."""
+    """A model of transformers that samples `seqs` completions at once. Of a step's logits there are
+    the log-probabilities too, and in double precision their exponentials and the sums of these."""
     size = BYTES[dtype]
     return Memory(
         parameters=size * shape.parameters,
         kv_cache=cache_bytes(shape, size, seqs, models.length),
         activations=seqs * models.prompt * _passing(shape, size),
-        logits=3 * 4 * seqs * models.completion * shape.vocab,
+        logits=(4 + 4 + 8 + 8) * seqs * shape.vocab,
     )
 
 

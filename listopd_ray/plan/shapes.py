@@ -60,12 +60,14 @@ def shape_of(
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ListopdError(f"{key}: {path}: {' '.join(str(error).split())[:200]}") from None
     return _measured(config, key, lora)
 
 
 def _measured(config: PretrainedConfig, key: str, lora: LoraConfig | None) -> Shape:
+    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        raise ListopdError(f"{key}: plan knows dense decoders alone, not mixtures of experts")
     try:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -84,17 +86,19 @@ def _measured(config: PretrainedConfig, key: str, lora: LoraConfig | None) -> Sh
             layer=sum(p.numel() for p in layers[0].parameters() if p.dim() == 2),
             adapter=_adapter(empty, lora) if lora else 0,
         )
-    except (AttributeError, ValueError) as error:
-        raise ListopdError(f"{key}: plan knows dense decoders alone: {error}") from None
+    except (AttributeError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as e:
+        raise ListopdError(f"{key}: plan knows dense decoders alone: {e}") from None
 
 
 def _adapter(empty: PreTrainedModel, lora: LoraConfig) -> int:
-    targets = tuple(lora.target_modules)
+    targets = tuple(f".{name}" for name in lora.target_modules)
     linear = [
         module
         for name, module in empty.base_model.layers.named_modules()
-        if isinstance(module, torch.nn.Linear) and (not targets or name.endswith(targets))
+        if isinstance(module, torch.nn.Linear) and (not targets or f".{name}".endswith(targets))
     ]
     if not linear and lora.rank:
-        raise ListopdError(f"lora.target_modules: no linear layer called {', '.join(targets)}")
+        raise ListopdError(
+            f"lora.target_modules: no linear layer called {', '.join(lora.target_modules)}"
+        )
     return lora.rank * sum(module.in_features + module.out_features for module in linear)

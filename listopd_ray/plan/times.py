@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from listopd_ray.config import Config, needs_base
+from listopd_ray.config import Config, learner_scores_base, needs_base
 from listopd_ray.job_config import Machine
 from listopd_ray.plan.memory import BYTES, Models, cache_bytes
 from listopd_ray.plan.shapes import Shape
@@ -66,12 +66,12 @@ def estimate(config: Config, models: Models, rates: Rates) -> Times:
 
     has_adapter = config.lora.rank > 0
     passes = (2 if has_adapter else 3) + (1 if learner.gradient_checkpointing else 0)
-    if has_adapter and needs_base(config) and not config.base.path:
+    if learner_scores_base(config):
         passes += 1
     rate = rates.operations["bfloat16" if learner.autocast else learner.dtype]
     learn = passes * forward(student) / learner.num_ranks / rate
     scored = sum(forward(shape) for shape in models.teachers.values()) / len(models.teachers)
-    if needs_base(config) and not has_adapter:
+    if needs_base(config) and not learner_scores_base(config):
         scored += forward(models.base)
     dtype = config.scoring.dtype or learner.dtype
     score = scored / config.scoring.num_actors / rates.operations[dtype]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from listopd_ray.roles.student import Student
@@ -100,8 +101,9 @@ class Publisher:
             for old in self._directory.iterdir():
                 if old not in (target, self._kept):
                     shutil.rmtree(old)
-        except OSError as error:
-            raise ListopdError(f"sync.path: {target}: {error.strerror or error}") from error
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ListopdError(f"sync.path: {target}: {reason}") from error
         self._kept = target
         return target
 

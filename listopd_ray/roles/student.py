@@ -177,6 +177,9 @@ def _with_adapter(model: PreTrainedModel, config: Config) -> PeftModel:
     for name, module in model.named_modules():  # what `_merged` can merge
         if isinstance(module, LoraLayer) and not _is_plain(module):
             raise ListopdError(f"lora: {name} is adapted otherwise than a matrix by α/r · B·A")
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name and parameter.any():  # as of PiSSA, which changes the weights too
+            raise ListopdError("lora.peft.init_lora_weights: an adapter must start with B = 0")
     kept = {name for name, _ in model.named_parameters() if ".lora_" not in name}
     if wrong := {name.replace(".base_layer.", ".") for name in kept} ^ names:
         raise ListopdError(f"lora: {min(wrong)}: its name is not that in the checkpoint")

@@ -32,7 +32,7 @@ PEER = "TRL"
 
 def main(
     peers_python: str,
-    num_updates: int = 60,
+    num_updates: int = 40,
     rounds: int = 3,
     out: str = "runs/bench/peers.json",
 ) -> None:

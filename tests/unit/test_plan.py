@@ -1,5 +1,6 @@
 """`listopd plan`: what it says of memory against counting, and that what cannot fit is refused."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from listopd_ray.__main__ import main
 from listopd_ray.config import load_config
 from listopd_ray.job_config import Machine, PlanConfig, SearchConfig, StudyConfig
 from listopd_ray.plan.command import actors_of, models_of, plan
-from listopd_ray.plan.memory import BYTES, learner_memory, per_token, scoring_memory
+from listopd_ray.plan.memory import BYTES, learner_memory, per_token, rollout_memory, scoring_memory
 from listopd_ray.plan.placing import nodes_of, place
 from listopd_ray.plan.shapes import shape_of
 from listopd_ray.types import ListopdError
@@ -190,6 +191,7 @@ def test_logits_are_bounded_and_checkpointing_spares_activations(qwen3):
 
 def test_what_comes_and_goes_is_there_for_one_role_unless_all_work_at_once():
     keys = ["tokenizer.vocab_size=1000000", "learner.num_ranks=2", "evaluation.num_prompts=1"]
+    keys.append("learner.logits_mib=1024")
     lengths = ["plan.prompt_tokens=4", "plan.completion_tokens=4"]
     config = load_config(PlanConfig, [*keys, *lengths])
     (node,) = nodes_of({"here": Machine()}, 1.0)
@@ -217,6 +219,12 @@ def test_roles_that_are_alike_are_one_line_and_all_are_placed(qwen3):
         (["student.path=nowhere"], "student.path: nowhere has no config.json"),
         (["teachers.other=nowhere"], "teachers.other: nowhere has no config.json"),
         (["plan.machines.a.memory_gib=-1"], "plan.machines.a.memory_gib: must be finite and > 0"),
+        (
+            ["plan.machines.a.memory_gb_s=nan"],
+            "plan.machines.a.memory_gb_s: must be finite and > 0",
+        ),
+        (["plan.prompt_tokens=-5"], "plan.prompt_tokens: must be at least 1"),
+        (["lora.rank=4", "lora.target_modules=[proj]"], "no linear layer called proj"),
         (["lora.rank=4", "lora.target_modules=[nothing]"], "no linear layer called nothing"),
         (
             ["device=cuda", "plan.machines.a.num_gpus=2"]
@@ -229,6 +237,43 @@ def test_what_cannot_be_ends_in_one_line_with_status_1(arguments, words):
     with pytest.raises(SystemExit) as raised:
         main(["plan", *arguments])
     assert words in raised.value.code and "\n" not in raised.value.code
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"num_hidden_layers": 0},
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 0},
+        {"hidden_size": -5},
+        {"num_experts": 128},
+        {"model_type": "gpt2"},
+        3,
+    ],
+    ids=str,
+)
+def test_a_config_json_that_is_no_dense_decoder_is_one_line(qwen3, tmp_path, broken):
+    content = broken
+    if isinstance(broken, dict):
+        content = json.loads((qwen3 / "Qwen3-1.7B" / "config.json").read_text()) | broken
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as raised:
+        main(["plan", f"student.path={tmp_path}"])
+    assert raised.value.code.startswith("listopd: error: student.path: ")
+    assert "\n" not in raised.value.code
+
+
+def test_only_the_first_rank_collects_and_a_sampler_keeps_one_step_s_logits(qwen3):
+    config = shipped("qwen3_1p7b.yaml", qwen3)
+    models = models_of(config)
+    (_, first), (_, second) = (learner_memory(config, models, rank) for rank in (0, 1))
+    assert first.transit > 0 == second.transit
+    keys = ["rollout.backend=hf", "rollout.max_num_seqs=64", "plan.completion_tokens="]
+    logits = [
+        rollout_memory(c, models_of(c))[0].logits
+        for c in (shipped("qwen3_1p7b.yaml", qwen3, *keys[:2], f"{keys[2]}{n}") for n in (4, 40))
+    ]
+    assert logits[0] == logits[1] == 24 * 64 * 151_936
 
 
 def test_the_default_fits_this_machine_and_says_how_long_an_update_takes(capsys):

@@ -10,6 +10,7 @@ import rank_process
 import torch
 
 from listopd_ray.config import Config, LearnerConfig, LoraConfig, TeacherActorConfig
+from listopd_ray.roles.learner import Learner
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.roles.teacher import Teacher
 
@@ -98,7 +99,7 @@ def one_rank(run_ranks):
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
-def test_two_ranks_learn_what_one_learns(one_rank, run_ranks, sharding):
+def test_two_ranks_learn_what_one_learns(one_rank, run_ranks, student_path, canary_ids, sharding):
     two = run_ranks(2, sharding=sharding)
     gradient, weight = compare(one_rank, two)
     assert gradient < 1e-5
@@ -116,6 +117,16 @@ def test_two_ranks_learn_what_one_learns(one_rank, run_ranks, sharding):
     assert len(set(config)) == 1  # shards leave no trace in it
     slots = [np.load(out / "optimizer.npz") for out in (one_rank, two)]
     assert set(slots[0].files) == set(slots[1].files)
+    for name in slots[0].files:  # after a restore
+        gap = np.linalg.norm(slots[0][name] - slots[1][name])
+        assert gap <= 1e-3 * np.linalg.norm(slots[0][name]), name
+    alone = Learner(Config(), student_path=str(student_path), canary_ids=canary_ids)
+    alone.restore(f"{two}/checkpoint", right["files"])
+    weights = torch.cat([p.detach().flatten() for p in alone._student.trained()])
+    np.testing.assert_array_equal(weights.numpy(), np.load(two / "steps.npz")["weights"][-1])
+    state = alone._optimizer_state()
+    for name in slots[1].files:
+        np.testing.assert_array_equal(state[name].numpy(), slots[1][name], err_msg=name)
 
 
 def test_two_ranks_train_one_adapter(run_ranks):

@@ -118,7 +118,9 @@ def test_a_run_may_go_on_on_another_cluster_or_traced_but_not_as_another(tmp_pat
         config,
         autoscaling_wait_s=60.0,
         trace=True,
-        learner=replace(config.learner, num_cpus=4, labels={"pool": "far"}),
+        learner=replace(
+            config.learner, num_cpus=4, labels={"pool": "far"}, num_ranks=2, sharding="full"
+        ),
         rollout=replace(config.rollout, num_gpus=1),
     )
     with Run(elsewhere, {}):

@@ -109,6 +109,9 @@ def test_published_base_tensors_are_bit_identical_after_20_syncs(make_student, m
         ({"target_modules": ["embed_tokens"]}, "otherwise than a matrix by"),
         ({"peft": {"use_dora": True}}, "otherwise than a matrix by"),
         ({"peft": {"lora_bias": True}}, "otherwise than a matrix by"),
+        ({"peft": {"init_lora_weights": "pissa"}}, "must start with B = 0"),
+        ({"peft": {"init_lora_weights": "olora"}}, "must start with B = 0"),
+        ({"peft": {"init_lora_weights": False}}, "must start with B = 0"),
         ({"target_modules": ["q_proj"], "peft": {"modules_to_save": ["mlp"]}}, "its name is not"),
     ],
 )
