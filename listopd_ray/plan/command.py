@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from listopd_ray.config import Config
 from listopd_ray.job_config import Machine, PlanConfig
@@ -121,7 +122,13 @@ def _machines(config: PlanConfig) -> dict[str, Machine]:
 
 
 def _this_machine_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    """Its memory, or what its container may take of it."""
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        limit = "max"
+    return min(size, math.inf if limit == "max" else int(limit)) / GIB
 
 
 def _heading(config: Config, models: Models) -> list[str]:
