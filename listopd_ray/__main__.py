@@ -17,6 +17,7 @@ from listopd_ray.config import Config, describe_keys, load_config
 from listopd_ray.job_config import (
     CalibrateConfig,
     CompareConfig,
+    ImportConfig,
     PlanConfig,
     ReportConfig,
     SearchConfig,
@@ -62,6 +63,12 @@ def _data_amazon(config: AmazonConfig) -> None:
     with progress_bar("read", size, unit="B", delay=SHOWN_AFTER_S) as bar:
         written = write_amazon(config, bar.update)
     print(written)
+
+
+def _model_import(config: ImportConfig) -> None:
+    from listopd_ray.model_import import import_model
+
+    print(import_model(config))
 
 
 def _plan(config: PlanConfig) -> None:
@@ -145,6 +152,12 @@ COMMANDS = {
     ),
     "data amazon": Command(
         "build ranking examples from Amazon Reviews 2023 files", AmazonConfig, _data_amazon
+    ),
+    "model import": Command(
+        "make a checkpoint directory of a GGUF file",
+        ImportConfig,
+        _model_import,
+        details="Weights are dequantised to float32; what is written is read back and compared.",
     ),
     "plan": Command(
         "say what a run takes in memory and time, and whether it fits",

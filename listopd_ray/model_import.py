@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def _read(file: Path) -> tuple[PreTrainedModel, Any]:
             file.parent, dtype=torch.float32, output_loading_info=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-    except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
         reason = " ".join(str(error).split())[:300]
         raise ListopdError(f"gguf: {file}: cannot be converted: {reason}") from None
     if report["missing_keys"]:  # transformers would draw them at random

@@ -30,7 +30,12 @@ def test_help_names_every_key_with_its_default(name, capsys):
     main([*name.split(), "--help"])
     shown = capsys.readouterr().out
     assert COMMANDS[name].summary[1:] in shown
-    others = {"watch": "every_s=2.0", "report": "out=null", "compare": "out=compare.html"}
+    others = {
+        "watch": "every_s=2.0",
+        "report": "out=null",
+        "compare": "out=compare.html",
+        "model import": "gguf=null",
+    }
     assert others.get(name, "seed=0") in shown
 
 
