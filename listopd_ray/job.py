@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import rich
@@ -41,6 +42,7 @@ from listopd_ray.tracking import (
     check_unchanged,
     progress_bar,
     read_json,
+    read_jsonl,
     replace_file,
 )
 from listopd_ray.train import Loop
@@ -75,9 +77,20 @@ def train_job(config: Config) -> dict[str, Any]:
                 close_with_report([run_directory(config)], run_directory(config) / REPORT)
             raise
     print_table({config.name: [summary]})
+    print(sync_line(config))
     print(f"run: {run_directory(config)}")
     close_with_report([run_directory(config)], run_directory(config) / REPORT)
     return summary
+
+
+def sync_line(config: Config) -> str:
+    """What a weight sync of the run has moved and taken: medians over its updates."""
+    rows = read_jsonl(run_directory(config) / "metrics.jsonl")
+    synced = [row for row in rows if {"sync/bytes", "time/sync_s"} <= row.keys()]
+    if not synced:
+        return f"weight sync by {config.sync.method}: not recorded"
+    size, seconds = (median(r[name] for r in synced) for name in ("sync/bytes", "time/sync_s"))
+    return f"weight sync by {config.sync.method}: {size / 1e6:.3g} MB in {1e3 * seconds:.3g} ms"
 
 
 def demo_job(config: Config) -> None:

@@ -56,6 +56,7 @@ def test_a_finished_run_shows_its_table_again_unless_it_is_another(
     assert train_job(config) == json.loads((finished_run / "summary.json").read_text())
     shown = capsys.readouterr().out
     assert "held-out prompts" in shown
+    assert "weight sync by object_store: 0." in shown
     assert f"report: {(finished_run / 'report.html').absolute().as_uri()}" in shown
     more = set(finished_run.rglob("*")) - before
     assert {file.name for file in more} <= {"report.html", "report.md"}
