@@ -10,11 +10,10 @@ import pytest
 from listopd_ray.cliff.calibration import measure, predict
 from listopd_ray.config import Config, ModelConfig, WarmstartConfig, load_config
 from listopd_ray.handles import make_requests
-from listopd_ray.models import end_ids, load_tokenizer
-from listopd_ray.roles.hf_engine import HfEngine
-from listopd_ray.roles.rollout import Generated, make_rollout
+from listopd_ray.models import load_tokenizer
+from listopd_ray.roles.rollout import Completion, Generated, make_rollout
 from listopd_ray.roles.teacher import Teacher
-from listopd_ray.splits import answer_length, load_split
+from listopd_ray.splits import answer_ids, load_split
 from listopd_ray.task.synthetic import SyntheticConfig, write_synthetic
 from listopd_ray.warmstart import warm_start
 
@@ -50,20 +49,16 @@ def noisy_warm_starts(
 def test_structural_masses_are_those_that_the_noise_of_the_warm_starts_allows(
     noisy_warm_starts: tuple[Config, dict[float, Path]],
 ) -> None:
+    """On prefixes as they were trained on: of a sampled one that was not nothing is known."""
     config, paths = noisy_warm_starts
     base, tokenizer = paths[BASE_NOISE], load_tokenizer(paths[BASE_NOISE])
     split = load_split(config, "eval", tokenizer)
-    engine = HfEngine(
-        model_path=str(base),
-        dtype="float32",
-        device="cpu",
-        end_ids=end_ids(base, tokenizer),
-        max_new_tokens=answer_length(tokenizer, split.examples),
-        batch_size=200,
-    )
-    requests = make_requests(split.prompts, 0, "calibrate")
-    completions = engine.generate(requests, greedy=False)
-    rollouts = [make_rollout(r, c, 0) for r, c in zip(requests, completions, strict=True)]
+    rollouts = []
+    for example, request in zip(
+        split.examples, make_requests(split.prompts, 0, "calibrate"), strict=True
+    ):
+        answer = answer_ids(tokenizer, example).tolist()
+        rollouts.append(make_rollout(request, Completion(answer, [0.0] * len(answer), True), 0))
     teacher = Teacher(
         config.scoring, teacher_path=str(paths[TEACHER_NOISE]), dtype="float32", device="cpu"
     )
