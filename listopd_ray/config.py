@@ -151,7 +151,9 @@ class LearnerConfig:
     num_gpus: float = 0.0  # each rank
     labels: dict[str, str] = field(default_factory=dict)  # of the machines it may be on
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights, of every role
-    autocast: bool = False  # bfloat16 over float32 weights, in warm starts too; the head float32
+    autocast: bool = (
+        False  # bfloat16 over float32 weights, in warm starts too; its own head float32
+    )
     gradient_checkpointing: bool = False  # recompute each layer's activations: less memory
     micro_batch_size: int = 64  # sequences at once
     micro_batch_tokens: int = 0  # padded tokens at once; 0: no limit

@@ -8,12 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from listopd_ray.checkpoint import writing
 from listopd_ray.job_config import ImportConfig
-from listopd_ray.models import load_model, load_tokenizer
+from listopd_ray.models import load_model, load_tokenizer, one_line
+from listopd_ray.roles.batching import collate, completion_logprobs, gather
 from listopd_ray.types import ListopdError
 
 MAGIC = b"GGUF"
@@ -74,8 +76,7 @@ def _read(file: Path) -> tuple[PreTrainedModel, Any]:
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
     except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ListopdError(f"gguf: {file}: cannot be converted: {reason}") from None
+        raise ListopdError(f"gguf: {file}: cannot be converted: {one_line(error)}") from None
     if report["missing_keys"]:  # transformers would draw them at random
         raise ListopdError(f"gguf: {file}: weights are missing: {min(report['missing_keys'])}")
     return model.eval(), tokenizer
@@ -96,6 +97,6 @@ def _without_quantization(model: PreTrainedModel) -> PreTrainedModel:
 @torch.inference_mode()
 def _logprobs(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     """[L − 1], of every token after the first."""
-    tokens = torch.tensor([ids])
-    logprobs = torch.log_softmax(model(tokens).logits[0, :-1].float(), dim=-1)
-    return logprobs.gather(-1, tokens[0, 1:, None])[:, 0]
+    tokens = np.array(ids)
+    batch = collate([tokens[:1]], [tokens[1:]])
+    return gather(completion_logprobs(model, batch), batch.token_ids)

@@ -105,7 +105,7 @@ def load_model(path: StrPath, *, dtype: str = "float32", device: str = "cpu") ->
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
-        raise ListopdError(f"{path}: not a usable checkpoint: {_one_line(error)}") from None
+        raise ListopdError(f"{path}: not a usable checkpoint: {one_line(error)}") from None
     if report["missing_keys"]:  # transformers would draw them at random
         missing = sorted(report["missing_keys"])
         raise ListopdError(f"{path}: {len(missing)} weights are missing, the first {missing[0]}")
@@ -122,7 +122,7 @@ def load_tokenizer(path: StrPath) -> PreTrainedTokenizerFast:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ListopdError(f"{path}: no usable tokenizer: {_one_line(error)}") from None
+        raise ListopdError(f"{path}: no usable tokenizer: {one_line(error)}") from None
 
 
 def end_ids(path: StrPath, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
@@ -206,5 +206,5 @@ def _checked(path: StrPath) -> str:
     return path
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]

@@ -27,8 +27,7 @@ from listopd_ray.config import ModelConfig
 CUDA = torch.cuda.is_available()
 BACKEND = "vllm" if find_spec("vllm") else "hf"
 SHARED = ["device=cuda", "learner.dtype=bfloat16", "sync.tolerance=0.5"]  # shapes, not quality
-SHARED += [f"{role}.num_gpus={share}" for role, share in (("rollout", 0.25), ("scoring", 0.25))]
-SHARED += ["learner.num_gpus=0.25"]
+SHARED += [f"{role}.num_gpus=0.25" for role in ("rollout", "scoring", "learner")]
 PLACE = [f"rollout.backend={BACKEND}", *(SHARED if CUDA else [])]
 SHAPES = (
     (
