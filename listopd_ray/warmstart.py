@@ -88,6 +88,7 @@ def _cache_key(config: Config, model: ModelConfig) -> str:
         "seed": _seed(config, model),
         "workers": config.warmstart_workers,
         **({"autocast": True} if config.learner.autocast else {}),
+        **({} if model.warmstart.prompt_loss_weight else {"head": "counted"}),  # other last bits
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
