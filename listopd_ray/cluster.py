@@ -100,7 +100,7 @@ class Cluster:
 
         def start_worker(index: int) -> Any:
             return _spawn(
-                RolloutWorker, self._group, first_worker + index, _vllm_env(config)
+                RolloutWorker, self._group, first_worker + index, _env(config, "vllm")
             ).remote(
                 rollout,
                 model_path=model_files(student_path),
@@ -137,7 +137,7 @@ class Cluster:
             place = _at(self._group, 0)
             point = ray.get(ray.remote(_meeting_point).options(num_cpus=0, **place).remote())
             self._learner = [
-                _spawn(Learner, self._group, rank, _TORCH_ENV).remote(
+                _spawn(Learner, self._group, rank, _env(config, "hf")).remote(
                     config,
                     student_path=model_files(student_path),
                     canary_ids=canary_ids,
@@ -248,8 +248,7 @@ def _spawn_teacher(
     lengths: tuple[int, int],
     num_bases: int = 1,
 ) -> Any:
-    env = _vllm_env(config) if config.scoring.backend == "vllm" else _TORCH_ENV
-    return _spawn(Teacher, group, bundle, env).remote(
+    return _spawn(Teacher, group, bundle, _env(config, config.scoring.backend)).remote(
         config.scoring,
         teacher_path=model_files(teacher_path),
         dtype=config.scoring.dtype or config.learner.dtype,
@@ -296,5 +295,8 @@ def _wait(references: list[Any], what: str, advance: Callable[[int], object] | N
         raise StartFailed(f"{what}: failed to start: {last_line(error)}") from error
 
 
-def _vllm_env(config: Config) -> dict[str, str]:
-    return _VLLM_CPU_ENV if config.device == "cpu" else _VLLM_ENV
+def _env(config: Config, backend: str) -> dict[str, str]:
+    """Environment variables of an actor; Ray itself gives it as many threads as its num_cpus."""
+    vllm = _VLLM_CPU_ENV if config.device == "cpu" else _VLLM_ENV
+    threads = {"OMP_NUM_THREADS": str(config.num_threads)} if config.num_threads else {}
+    return (vllm if backend == "vllm" else _TORCH_ENV) | threads

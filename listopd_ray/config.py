@@ -35,6 +35,7 @@ AT_LEAST_ONE = (
     "num_prompts",
     "group_size",
     "num_steps",
+    "num_threads",
     "checkpoint.keep",
     "evaluation.num_prompts",
     "learner.logits_mib",
@@ -248,6 +249,7 @@ class Config:
     cache: str = "cache"  # warm starts and teacher evaluations, by content hash
     seed: int = 0  # warm start, prompt order, sampling
     device: Literal["cpu", "cuda"] = "cpu"  # cpu | cuda
+    num_threads: int | None = None  # of each role and warm start; null: as many as its num_cpus
     autoscaling_wait_s: float = 0.0  # s to wait for machines; 0: the cluster is as large as it is
 
     lam: int | float | str = 1.0  # λ; auto: as high as the governor allows

@@ -39,7 +39,7 @@ from listopd_ray.types import Inspection, ListopdError, Prompt, Rollout
 if TYPE_CHECKING:  # not at run time: it brings Ray Train along
     from listopd_ray.prepare import Prepared
 
-GATE_PROMPTS = 16
+GATE_SAMPLES = 16
 
 
 class RolloutWorkers(Sampler, Protocol):
@@ -134,7 +134,11 @@ class Loop:
         self._take_up(state or self._fresh)
         if state is None:
             with self._span("gate"):
-                trial = self._workers.generate(self._data.train.prompts[:GATE_PROMPTS], "gate")
+                size = (
+                    self._config.group_size
+                )  # of groups as in training: models may share a prompt
+                prompts = self._data.train.prompts[: math.ceil(GATE_SAMPLES / size)]
+                trial = self._workers.generate(prompts, "gate", group_size=size)
                 generated = self._workers.fetch(trial)
                 scored = self._teacher.score_with(self._data.student_path, generated)
                 gate = self._learner.check_scores(scored)

@@ -88,7 +88,9 @@ def _cache_key(config: Config, model: ModelConfig) -> str:
         "seed": _seed(config, model),
         "workers": config.warmstart_workers,
         **({"autocast": True} if config.learner.autocast else {}),
-        **({} if model.warmstart.prompt_loss_weight else {"head": "counted"}),  # other last bits
+        # What follows changes the last bits.
+        **({} if model.warmstart.prompt_loss_weight else {"head": "counted"}),
+        **({"threads": config.num_threads} if config.num_threads else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -122,6 +124,7 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
                 "start": ray.put(read_files(str(start))),
                 "warmstart": model.warmstart,
                 "autocast": config.learner.autocast,
+                "num_threads": config.num_threads or 1,
                 "seed": seed,
                 "sequences": ray.put(sequences),
                 "results": results,
@@ -187,6 +190,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     sequences = ray.get(arguments["sequences"])
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     torch.manual_seed(arguments["seed"])
+    torch.set_num_threads(arguments["num_threads"])
     with tempfile.TemporaryDirectory() as directory:
         write_files(Path(directory), ray.get(arguments["start"]))
         bare = load_model(directory)

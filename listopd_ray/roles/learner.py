@@ -17,7 +17,13 @@ from safetensors.torch import load_file, save_file
 from listopd_ray.checkpoint import CorruptCheckpoint, Files, digests, fetched, staged
 from listopd_ray.config import Config, learner_scores_base
 from listopd_ray.models import end_ids, read_files
-from listopd_ray.roles.batching import Batch, collate, collate_rollouts, micro_batches
+from listopd_ray.roles.batching import (
+    Batch,
+    collate,
+    collate_rollouts,
+    micro_batches,
+    sequence_lengths,
+)
 from listopd_ray.roles.losses import TokenScores, Update
 from listopd_ray.roles.publisher import Publisher
 from listopd_ray.roles.ranks import Ranks, fill, whole
@@ -170,7 +176,7 @@ class Learner:
         by more than `sync.tolerance`.
         """
         rollouts = [rollout for part in scored for rollout in part.rollouts]
-        batch = collate_rollouts([r.rollout for r in rollouts], self._device)
+        batch = self._batch(rollouts)
         learner = self._student.logprobs(batch, batch.token_ids[:, None])[:, 0].cpu().numpy()
         sampler = np.concatenate([r.rollout.sampler_logprobs for r in rollouts])
         metrics = {}
@@ -263,7 +269,8 @@ class Learner:
     def _groups(self, rollouts: Sequence[ScoredRollout]) -> list[list[int]]:
         """This rank's micro-batches, indices into `rollouts`: of like length, and as many as every
         other rank has; an empty one where it has fewer."""
-        lengths = [len(r.rollout.prompt.token_ids) + len(r.rollout.token_ids) for r in rollouts]
+        share_prompts = self._student.can_share_prompts
+        lengths = sequence_lengths([r.rollout for r in rollouts], share_prompts=share_prompts)
         order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
         config, count = self._config.learner, self._ranks.count
         split = []
@@ -277,11 +284,17 @@ class Learner:
         mine = split[self._ranks.rank]
         return mine + [[]] * (rounds - len(mine))
 
+    def _batch(self, rollouts: Sequence[ScoredRollout]) -> Batch:
+        share_prompts = self._student.can_share_prompts
+        return collate_rollouts(
+            [r.rollout for r in rollouts], self._device, share_prompts=share_prompts
+        )
+
     def _loss(
         self, rollouts: Sequence[ScoredRollout], update: Update, num_tokens: int
     ) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
         """The micro-batch's share of the loss, and per-token columns [n] for the metrics."""
-        batch = collate_rollouts([r.rollout for r in rollouts], self._device)
+        batch = self._batch(rollouts)
         columns = _columns(rollouts, SCORES | BASE_SCORES)
         columns["sampler"] = np.concatenate([r.rollout.sampler_logprobs for r in rollouts])
         support = {}

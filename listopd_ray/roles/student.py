@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from listopd_ray.config import Config, LearnerConfig
 from listopd_ray.models import load_model, load_tokenizer
-from listopd_ray.roles.batching import Batch, hidden_states
+from listopd_ray.roles.batching import Batch, can_share_prompts, hidden_states
 from listopd_ray.roles.head import token_logprobs
 from listopd_ray.roles.ranks import Ranks, fill, whole
 from listopd_ray.types import ListopdError, StrPath
@@ -38,6 +38,7 @@ class Student:
             torch.manual_seed(config.seed)  # every rank draws the same adapter
             self._peft = _with_adapter(self.model, config)
         _set_mode(self.model, learner)
+        self.can_share_prompts = can_share_prompts(self.model)
         self._forward = _Forward(self.model, learner.logits_mib)
         if learner.sharding == "full" and ranks.count > 1:
             _shard(self._forward, config.device, ranks.count, learner)

@@ -13,7 +13,13 @@ from transformers import PreTrainedModel
 
 from listopd_ray.config import TeacherActorConfig
 from listopd_ray.models import end_ids, load_model, load_tokenizer
-from listopd_ray.roles.batching import Batch, collate_rollouts, micro_batches
+from listopd_ray.roles.batching import (
+    Batch,
+    can_share_prompts,
+    collate_rollouts,
+    micro_batches,
+    sequence_lengths,
+)
 from listopd_ray.roles.hf_engine import generate
 from listopd_ray.roles.packing import Packed, pack, unpack
 from listopd_ray.roles.rollout import Generated, Request, make_rollout
@@ -147,11 +153,14 @@ class Teacher:
         self, generated: Generated, teacher: ScoreBatch, base: PreTrainedModel | None
     ) -> tuple[ScoredRollout, ...]:
         rollouts = generated.rollouts
-        lengths = [len(r.prompt.token_ids) + len(r.token_ids) for r in rollouts]
+        models = [model for model in (self._teacher, base) if model is not None]
+        share_prompts = all(map(can_share_prompts, models))
+        lengths = sequence_lengths(rollouts, share_prompts=share_prompts)
         scored: dict[int, ScoredRollout] = {}
         for group in micro_batches(lengths, self._config.micro_batch_size):
             chosen = [rollouts[index] for index in group]
-            batch, places = collate_rollouts(chosen, self._device), self._contract.places(chosen)
+            batch = collate_rollouts(chosen, self._device, share_prompts=share_prompts)
+            places = self._contract.places(chosen)
             columns = teacher(chosen, batch, places) | {"token_classes": places.classes}
             if base is not None:
                 columns |= base_columns(base, batch, places, columns)

@@ -10,7 +10,7 @@ from oracles import prefix_logprobs
 from listopd_ray.checkpoint import CorruptCheckpoint
 from listopd_ray.config import Config, LearnerConfig, RolloutConfig, TeacherActorConfig
 from listopd_ray.models import write_files
-from listopd_ray.roles import losses
+from listopd_ray.roles import losses, teacher
 from listopd_ray.roles.learner import Learner
 from listopd_ray.roles.rollout import Generated, Request, RolloutWorker
 from listopd_ray.roles.teacher import Scored, Teacher
@@ -97,6 +97,32 @@ def test_micro_batches_of_one_and_of_eight_give_the_same_update(make_learner, sc
     # Adam divides by the gradient's size, so where that is near its ε of 1e-8 rounding shows.
     pairs = [(weights_of(ones)[n], weights_of(eights)[n]) for n in weights_of(ones)]
     assert np.mean(np.concatenate([np.abs(a - b).ravel() for a, b in pairs]) > 1e-6) < 1e-3
+
+
+def test_samples_that_share_a_prompt_give_the_update_of_samples_apart(
+    make_learner, rollouts, teacher_path, base_path, monkeypatch
+):
+    in_groups = tuple(
+        dataclasses.replace(rollout, prompt=rollouts[index % 3].prompt)
+        for index, rollout in enumerate(rollouts)
+    )
+    learners, scores = [], []
+    for can_share in (True, False):
+        monkeypatch.setattr(teacher, "can_share_prompts", lambda _, can=can_share: can)
+        part = make_teacher(teacher_path).score(
+            Generated(rollouts=in_groups, seconds=0.0), str(base_path)
+        )
+        learner = make_learner(micro_batch_size=4)
+        assert learner._student.can_share_prompts
+        learner._student.can_share_prompts = can_share
+        learner.step(1.5, LR, part)
+        learners.append(learner)
+        scores.append(np.concatenate([r.teacher_logprobs - r.base_logprobs for r in part.rollouts]))
+    assert np.abs(scores[0] - scores[1]).max() < 1e-5
+    shared, apart = map(gradients, learners)
+    # Float32 sums in another order, of scores too.
+    assert (shared - apart).abs().max() < 3e-6 * apart.norm()
+    assert apart.norm() > 1
 
 
 def test_the_split_over_teacher_actors_does_not_matter(make_learner, scored):
