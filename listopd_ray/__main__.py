@@ -17,6 +17,7 @@ from listopd_ray.config import Config, describe_keys, load_config
 from listopd_ray.job_config import (
     CalibrateConfig,
     CompareConfig,
+    DemoConfig,
     ImportConfig,
     PlanConfig,
     ReportConfig,
@@ -98,8 +99,8 @@ def _calibrate(config: CalibrateConfig) -> None:
     calibrate_job(config)
 
 
-def _demo(config: Config) -> None:
-    from listopd_ray.job import demo_job
+def _demo(config: DemoConfig) -> None:
+    from listopd_ray.demo import demo_job
 
     demo_job(config)
 
@@ -191,10 +192,12 @@ COMMANDS = {
         details="Writes <out>/<name>/; the same command again continues: one trial is the unit.",
     ),
     "demo": Command(
-        "distil with λ = 1, λ = 2 and λ = 5 bounded, and print the table",
-        Config,
+        "distil with several λ, one of them past the cliff, and print the table",
+        DemoConfig,
         _demo,
-        details="One run for each and for each of demo_seeds; finished runs are not repeated.",
+        details="The runs of demo.runs (by default λ = 1, λ = 2 and λ = 5 bounded) for each of "
+        "demo_seeds.\nWhere a λ is relative to λ*, that is predicted first. Finished runs are not "
+        "repeated.",
     ),
     "search": Command(
         "find the interval of λ in which the output contract starts to break",

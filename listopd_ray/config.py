@@ -22,7 +22,7 @@ from listopd_ray.types import ListopdError, SyncMethod
 
 T = TypeVar("T")
 
-JOB_SECTIONS = ("study", "search", "plan")  # of whole jobs' files (job_config.py)
+JOB_SECTIONS = ("study", "search", "plan", "demo")  # of whole jobs' files (job_config.py)
 
 AT_LEAST_ONE = (
     *(

@@ -1,4 +1,4 @@
-"""Whole jobs: what `listopd train` and `listopd demo` do around the main loop."""
+"""Whole jobs: what `listopd train` and `listopd evaluate` do around the main loop."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import dataclasses
 import hashlib
 import json
 import math
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from statistics import median
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from listopd_ray import __version__
 from listopd_ray.cluster import Cluster, launch, serve
-from listopd_ray.config import CliffConfig, Config, learner_scores_base, run_directory
+from listopd_ray.config import Config, learner_scores_base, run_directory
 from listopd_ray.evaluate import InChunks, chunk_size, evaluate
 from listopd_ray.gauges import Gauges
 from listopd_ray.handles import LearnerHandle, make_requests
@@ -48,11 +47,6 @@ from listopd_ray.tracking import (
 from listopd_ray.train import Loop
 from listopd_ray.types import ListopdError
 
-DEMO_RUNS: dict[str, dict[str, Any]] = {
-    "lam1": {"lam": 1.0},
-    "lam2": {"lam": 2.0},
-    "bounded": {"lam": 5.0, "extrapolation": "bounded"},
-}
 TABLE_COLUMNS = {
     "parse_rate": "strict parse",
     "ndcg_at_1": "NDCG@1 of parsed",
@@ -62,7 +56,7 @@ TABLE_COLUMNS = {
 
 def train_job(config: Config) -> dict[str, Any]:
     """One run from data to exported student; returns its summary, at once if it is finished."""
-    if _summary_file(config).exists():
+    if summary_file(config).exists():
         summary = finished_summary(config)
     else:
         check_startable(config)  # before minutes go into warm starts
@@ -93,50 +87,10 @@ def sync_line(config: Config) -> str:
     return f"weight sync by {config.sync.method}: {size / 1e6:.3g} MB in {1e3 * seconds:.3g} ms"
 
 
-def demo_job(config: Config) -> None:
-    """For every seed: distil with λ = 1, λ = 2 past the cliff, and λ = 5 bounded; then the table.
-
-    A seed varies warm start, prompts and sampling; teacher and data stay. Runs that are finished
-    already are read, not repeated.
-    """
-    if not config.demo_seeds:
-        raise ListopdError("demo_seeds: give at least one seed")
-    summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in DEMO_RUNS}
-    directories = []
-    number, total = 0, len(DEMO_RUNS) * len(config.demo_seeds)
-    for seed in config.demo_seeds:
-        # The teacher actors are shared and hold the base: λ = 1 gets its diagnostics too.
-        group = config.tracking.group or config.name
-        common = dataclasses.replace(
-            config,
-            seed=seed,
-            demo_seeds=[],
-            cliff=CliffConfig(measure=True),
-            tracking=dataclasses.replace(config.tracking, group=group, job_type="demo"),
-        )
-        configs = {
-            name: dataclasses.replace(common, name=f"{config.name}-s{seed}-{name}", **changes)
-            for name, changes in DEMO_RUNS.items()
-        }
-        missing = {}
-        for run_config in configs.values():
-            number += 1
-            if not _summary_file(run_config).exists():
-                missing[f"run {number} of {total}"] = run_config
-        if missing:
-            _run_group(common, missing)
-        for name, run_config in configs.items():
-            summaries[name].append(finished_summary(run_config))
-            directories.append(run_directory(run_config))
-    print_table(summaries)
-    print(f"runs: {', '.join(map(str, directories))}")
-    close_with_report(directories, Path(config.out) / f"{config.name}.html")
-
-
 def finished_summary(config: Config) -> dict[str, Any]:
     """Of a run that is finished; raises ListopdError where it was another, or on other data."""
     check_unchanged(config)
-    file = _summary_file(config)
+    file = summary_file(config)
     summary = read_json(file, str(file))
     if not isinstance(summary, dict) or "hashes" not in summary:
         raise ListopdError(f"{file}: not what this writes")
@@ -291,9 +245,9 @@ def print_table(summaries: dict[str, list[dict[str, Any]]]) -> None:
         "teacher": [s["teacher"] for s in first],
     }
     for runs in summaries.values():
-        s = runs[0]
-        bounded = ", bounded" if s["extrapolation"] == "bounded" else ""
-        rows[f"λ = {s['lam']}{bounded}"] = [run["student"] for run in runs]
+        bounded = ", bounded" if runs[0]["extrapolation"] == "bounded" else ""
+        lams = "–".join(f"{lam:g}" for lam in sorted({run["lam"] for run in runs}))
+        rows[f"λ = {lams}{bounded}"] = [run["student"] for run in runs]
     num_prompts = first[0]["student"]["num_prompts"]
     clip, num_seeds = first[0]["clip"] or math.inf, len(first)
     spread = "95 % interval" if num_seeds == 1 else f"mean [range] of {num_seeds} seeds"
@@ -354,15 +308,5 @@ SHA-256:
 """
 
 
-def _run_group(common: Config, configs: Mapping[str, Config]) -> None:
-    """Runs (by what they are called) that differ in the update alone, one after the other on one
-    set of engines."""
-    prepared = prepare(common)
-    with launch(common, **prepared.cluster_arguments()) as cluster:
-        for what, run_config in configs.items():
-            print(f"{run_config.name}: {what}", file=sys.stderr)
-            distill(run_config, prepared, cluster)
-
-
-def _summary_file(config: Config) -> Path:
+def summary_file(config: Config) -> Path:
     return run_directory(config) / "summary.json"

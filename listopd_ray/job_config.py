@@ -49,6 +49,29 @@ class StudyConfig(Config):
 
 
 @dataclass(frozen=True)
+class DemoRun:
+    """A run of a demo."""
+
+    lam: float = 1.0  # λ
+    share: float | None = None  # in the place of lam: λ = 1 + share·(λ* − 1), to two decimals
+    extrapolation: Literal["plain", "bounded"] = "plain"  # plain | bounded
+
+
+@dataclass(frozen=True)
+class DemoSection:
+    runs: dict[str, DemoRun] = field(
+        default_factory=dict
+    )  # name → keys below; none: λ = 1, λ = 2 and λ = 5 bounded
+
+
+@dataclass(frozen=True)
+class DemoConfig(Config):
+    """Of `listopd demo`: a run's configuration and the runs that differ from it in λ."""
+
+    demo: DemoSection = field(default_factory=DemoSection)
+
+
+@dataclass(frozen=True)
 class ImportConfig:
     """Of `listopd model import`."""
 
