@@ -109,7 +109,7 @@ def test_without_a_threshold_there_is_no_share_of_it(
 ) -> None:
     file = tmp_path / "d-s0-prediction.json"
     file.write_text('{"lambda_star": null}')
-    with pytest.raises(ListopdError, match="d-s0-prediction.json: predicts no λ"):
+    with pytest.raises(ListopdError, match=r"d-s0-prediction\.json: predicts no λ"):
         demo_job(make_config(hf_config, tmp_path))
     assert launches == []
     with pytest.raises(ListopdError, match="demo_seeds: give at least one"):
