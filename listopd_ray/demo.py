@@ -74,11 +74,12 @@ def _seed(
             replace_file(file, json.dumps(prediction, indent=2) + "\n")
             print_prediction(prediction)
         configs = _configs(common, runs, file if is_predicted else None)
-        total = len(runs) * len(config.demo_seeds)
+        total, left = len(runs) * len(config.demo_seeds), ""
         for number, run_config in enumerate(configs.values(), start=num_before + 1):
             if not summary_file(run_config).exists():
-                print(f"{run_config.name}: run {number} of {total}", file=sys.stderr)
-                distill(run_config, prepared, cluster)
+                print(f"{run_config.name}: run {number} of {total}{left}", file=sys.stderr)
+                seconds = distill(run_config, prepared, cluster)["seconds"]
+                left = f", about {seconds * (total - number) / 60:.0f} min left"
     return configs
 
 
