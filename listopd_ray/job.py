@@ -157,7 +157,12 @@ def distill(
         scorer = cluster.teacher.with_base(prepared.base_path if has_base else None)
         roles = workers, scorer, learner
         with traced(config, roles) as trace:
-            results = Loop(config, prepared, *roles, run, cluster.faults, trace).run()
+            # Each sample has a seed of its own: runs with the same warm start need not repeat it.
+            sampling = [config.seed, dataclasses.asdict(config.rollout), config.learner.dtype]
+            file = _evaluation_file(
+                config, prepared, "warm_start", *sampling, config.evaluation.num_samples
+            )
+            results = Loop(config, prepared, *roles, run, cluster.faults, trace, file).run()
         teacher = teacher_evaluation(config, prepared, cluster.teacher)
         student = run.directory / "student"
         _export(learner, run, student)
@@ -196,18 +201,7 @@ def _export(learner: LearnerHandle, run: Run, student: Path) -> None:
 
 def teacher_evaluation(config: Config, prepared: Prepared, teacher: TeacherPool) -> dict[str, Any]:
     """The teacher on the held-out prompts, by its own actor; cached by content."""
-    key = json.dumps(
-        [
-            prepared.hashes["teacher"],
-            prepared.hashes["data"],
-            config.evaluation.num_prompts,
-            dataclasses.asdict(config.task),
-            config.data.max_prompt_tokens,
-            prepared.max_new_tokens,
-        ]
-    )
-    name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    file = Path(config.cache) / "evaluation" / f"{name}.json"
+    file = _evaluation_file(config, prepared, "teacher")
     if not file.exists():
         sampler = _TeacherSampler(teacher, prepared.max_new_tokens)
         num_prompts = config.evaluation.num_prompts
@@ -215,6 +209,21 @@ def teacher_evaluation(config: Config, prepared: Prepared, teacher: TeacherPool)
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, json.dumps(result))
     return json.loads(file.read_text())
+
+
+def _evaluation_file(config: Config, prepared: Prepared, role: str, *depends_on: Any) -> Path:
+    """Where the evaluation of a model in `prepared.hashes` is cached, by content."""
+    key = [
+        prepared.hashes[role],
+        prepared.hashes["data"],
+        config.evaluation.num_prompts,
+        dataclasses.asdict(config.task),
+        config.data.max_prompt_tokens,
+        prepared.max_new_tokens,
+        *depends_on,
+    ]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    return Path(config.cache) / "evaluation" / f"{name}.json"
 
 
 class _TeacherSampler:

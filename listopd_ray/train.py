@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import time
 from collections import Counter
@@ -33,7 +34,7 @@ from listopd_ray.supervision import (
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import PromptStream
 from listopd_ray.trace import Trace
-from listopd_ray.tracking import Run, evaluation_metrics, progress_bar
+from listopd_ray.tracking import Run, evaluation_metrics, progress_bar, replace_file
 from listopd_ray.types import Inspection, ListopdError, Prompt, Rollout
 
 if TYPE_CHECKING:  # not at run time: it brings Ray Train along
@@ -95,10 +96,13 @@ class Loop:
         run: Run,
         faults: Faults,
         trace: Trace | None = None,
+        warm_start_file: Path | None = None,
     ) -> None:
+        """`warm_start_file`: the evaluation of the warm start, kept for runs that begin alike."""
         self._config, self._data, self._run, self._faults = config, data, run, faults
         self._span = (trace or Trace(False)).span
         self._workers, self._teacher, self._learner = workers, teacher, learner
+        self._warm_start_file = warm_start_file
         self._prompts = PromptStream(data.train.prompts, config.seed)
         self._steering = Steering(config, run.num_rollbacks())
         self._ledger = Ledger(run.directory / "ledger.jsonl")
@@ -142,7 +146,7 @@ class Loop:
                 generated = self._workers.fetch(trial)
                 scored = self._teacher.score_with(self._data.student_path, generated)
                 gate = self._learner.check_scores(scored)
-            self._results["warm_start"], metrics = self._assess()
+            self._results["warm_start"], metrics = self._assess(self._warm_start_file)
             self._run.log(0, gate | metrics)
             self._steering.observe(metrics, lam=1.0)  # its parse rate may be the best
             if "rollback" in (self._config.alarm.action, self._config.faults.skipped_action):
@@ -309,13 +313,25 @@ class Loop:
         for number in sorted(set(batch.parts) - set(batch.scoring)):
             batch.scoring[number] = self._teacher.score([batch.parts[number]])
 
-    def _assess(self) -> tuple[dict[str, Any], dict[str, float]]:
-        data, num_prompts = self._data, self._config.evaluation.num_prompts
+    def _assess(self, file: Path | None = None) -> tuple[dict[str, Any], dict[str, float]]:
+        """Result and metrics of an evaluation, out of `file` if it is there, else kept in it."""
+        if file is not None and file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+        else:
+            found = self._evaluate()
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(file, json.dumps(found))
+        self._run.keep_samples(self._step, found["samples"])
+        return found["result"], evaluation_metrics(found["result"])
+
+    def _evaluate(self) -> dict[str, Any]:
+        data, config = self._data, self._config.evaluation
         with self._span("evaluate"):
-            result, judged = evaluate(self._workers, data.evaluation, data.text, num_prompts)
-        kept = judged[: self._config.evaluation.num_samples]
-        self._run.keep_samples(self._step, sample_rows(kept, data.evaluation.prompts, data.text))
-        return result, evaluation_metrics(result)
+            result, judged = evaluate(self._workers, data.evaluation, data.text, config.num_prompts)
+        kept = judged[: config.num_samples]
+        samples = sample_rows(kept, data.evaluation.prompts, data.text)
+        return {"result": result, "samples": samples}
 
 
 @dataclass

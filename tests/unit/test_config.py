@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,8 +17,11 @@ from listopd_ray.config import (
     schedule_value,
     with_values,
 )
-from listopd_ray.job_config import CalibrateConfig, SearchConfig, StudyConfig
+from listopd_ray.job_config import CalibrateConfig, DemoConfig, SearchConfig, StudyConfig
 from listopd_ray.types import ListopdError
+
+
+CONF = Path(__file__).parents[2] / "conf"
 
 
 def load(*arguments):
@@ -358,3 +362,16 @@ def test_the_file_of_a_whole_job_serves_for_a_single_run(tmp_path):
     assert load_config(SearchConfig, [str(file)]).search.slots == 3
     with pytest.raises(ListopdError, match="search"):
         load_config(Config, ["search.slots=3"])
+
+
+@pytest.mark.parametrize("over", [[], ["bfloat16.yaml"], ["smollm2_135m_products.yaml"]])
+def test_the_real_models_files_lie_over_each_other(over):
+    files = [str(CONF / name) for name in ["smollm2_135m.yaml", *over]]
+    config = load_config(DemoConfig, files)
+    assert load_config(Config, files).num_threads == 2  # for a run of its own
+    assert config.student.path == config.teacher.path
+    assert config.learner.autocast == ("bfloat16.yaml" in over)
+    shares = {name: run.share for name, run in config.demo.runs.items()}
+    assert shares["lam1"] is None and 0 < shares["below"] < 1 < shares["above"]
+    study = load_config(StudyConfig, [*files, str(CONF / "study_smollm2.yaml")]).study
+    assert all(curve.judge for curve in study.curves.values())

@@ -71,16 +71,16 @@ def data(examples, tokenizer):
 def start(data, tokenizer):
     """Runs the loop on fakes from scratch, as a new process would; returns what it left behind."""
 
-    def start(config, fail_at=None, finish=True, data_hash="a", cliff=None):
+    def start(config, fail_at=None, finish=True, data_hash="a", cliff=None, file=None):
         events = []
         learner = FakeLearner(events, fail_at, cliff)
         workers, teacher = FakeWorkers(events, tokenizer), FakeTeacher(events)
         outcome = SimpleNamespace(events=events, learner=learner, results=None)
         with Run(config, {"data": data_hash}) as run:
             try:
-                outcome.results = Loop(
-                    config, data, workers, teacher, learner, run, Faults(config.faults)
-                ).run()
+                roles = workers, teacher, learner
+                loop = Loop(config, data, *roles, run, Faults(config.faults), warm_start_file=file)
+                outcome.results = loop.run()
             except Interrupted:
                 return outcome
             if finish:
@@ -167,6 +167,18 @@ def test_the_gate_and_the_first_evaluation_come_before_any_update(config, start)
     begin = ["load_weights", "gate", "score_with", "check_scores", "evaluation", "evaluation"]
     assert events[: len(begin)] == begin
     assert events.count("gate") == events.count("check_scores") == 1
+
+
+def test_runs_that_begin_alike_evaluate_the_warm_start_once(config, start, tmp_path):
+    file = tmp_path / "cache" / "warm_start.json"
+    start(config, file=file)
+    again = in_another_place(config, tmp_path)
+    events = start(again, file=file).events
+    begin = [verb if verb != "generate" else what for verb, what in events][:5]
+    assert begin[:4] == ["load_weights", "gate", "score_with", "check_scores"]
+    assert begin[4].startswith("train/")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert rows(again, name) == rows(config, name)
 
 
 def test_evaluations_checkpoints_and_schedules_come_when_due(config, start):
