@@ -20,7 +20,6 @@ from listopd_ray.config import (
 from listopd_ray.job_config import CalibrateConfig, DemoConfig, SearchConfig, StudyConfig
 from listopd_ray.types import ListopdError
 
-
 CONF = Path(__file__).parents[2] / "conf"
 
 
