@@ -87,12 +87,12 @@ def test_a_demo_goes_on_where_it_was(
     config = make_config(hf_config, tmp_path)
     begun = list[str]()
 
-    def distill(run: Config, *arguments: Any) -> None:
+    def distill(run: Config, *arguments: Any) -> dict[str, Any]:
         if len(begun) == 1:
             begun.append("interrupted")
             raise KeyboardInterrupt
         begun.append(run.name)
-        original(run, *arguments)
+        return original(run, *arguments)
 
     original = demo.distill
     monkeypatch.setattr(demo, "distill", distill)
