@@ -293,6 +293,8 @@ def test_packed_matrices_are_packed_anew_and_a_stale_tied_head_shows(
             weights = source.publish(publisher, version)
             workers.load_weights(weights)
             source.update()
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        pytest.skip("on this CPU vLLM packs no bfloat16 head, and none can be stale")
     stale = source.publish(publisher, 2)
     with pytest.raises(ActorLost, match="weight sync to version 2: canary"):
         workers.load_weights(dataclasses.replace(stale, tensors=drop_tied_head(stale)))
