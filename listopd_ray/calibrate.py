@@ -58,11 +58,16 @@ def calibrate_job(config: CalibrateConfig) -> dict[str, Any]:
         with launch(plain, **prepared.cluster_arguments()) as cluster:
             measured = measure_run(plain, prepared, cluster)
         prediction = make_prediction([measured], config.clip)
+    keep_prediction(file, prediction)
+    print(f"prediction: {file}")
+    return prediction
+
+
+def keep_prediction(file: Path, prediction: dict[str, Any]) -> None:
+    """Write it, and show it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, json.dumps(prediction, indent=2) + "\n")
     print_prediction(prediction)
-    print(f"prediction: {file}")
-    return prediction
 
 
 def measure_run(config: Config, prepared: Prepared, cluster: Cluster) -> Measured:

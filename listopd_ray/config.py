@@ -152,9 +152,7 @@ class LearnerConfig:
     num_gpus: float = 0.0  # each rank
     labels: dict[str, str] = field(default_factory=dict)  # of the machines it may be on
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights, of every role
-    autocast: bool = (
-        False  # bfloat16 over float32 weights, in warm starts too; its own head float32
-    )
+    autocast: bool = False  # bfloat16 over float32 weights, in warm starts too; its head float32
     gradient_checkpointing: bool = False  # recompute each layer's activations: less memory
     micro_batch_size: int = 64  # sequences at once
     micro_batch_tokens: int = 0  # padded tokens at once; 0: no limit
@@ -246,7 +244,7 @@ class Config:
 
     name: str = "train"  # the key under which a run is found again
     out: str = "runs"  # a run lives in <out>/<name>
-    cache: str = "cache"  # warm starts and teacher evaluations, by content hash
+    cache: str = "cache"  # warm starts and evaluations, by content hash
     seed: int = 0  # warm start, prompt order, sampling
     device: Literal["cpu", "cuda"] = "cpu"  # cpu | cuda
     num_threads: int | None = None  # of each role and warm start; null: as many as its num_cpus

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from listopd_ray.calibrate import make_prediction, measure_run, print_prediction
+from listopd_ray.calibrate import keep_prediction, make_prediction, measure_run
 from listopd_ray.cluster import launch
 from listopd_ray.config import Config, run_directory, with_values
 from listopd_ray.job import distill, finished_summary, print_table, summary_file
 from listopd_ray.job_config import DemoConfig, DemoRun
 from listopd_ray.prepare import prepare
 from listopd_ray.report import close_with_report
-from listopd_ray.tracking import read_json, replace_file
+from listopd_ray.tracking import read_json
 from listopd_ray.types import ListopdError
 
 RUNS = {
@@ -69,10 +69,8 @@ def _seed(
     prepared = prepare(common)
     with launch(common, **prepared.cluster_arguments()) as cluster:
         if is_predicted and not file.exists():
-            prediction = make_prediction([measure_run(common, prepared, cluster)], common.clip)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(file, json.dumps(prediction, indent=2) + "\n")
-            print_prediction(prediction)
+            measured = measure_run(common, prepared, cluster)
+            keep_prediction(file, make_prediction([measured], common.clip))
         configs = _configs(common, runs, file if is_predicted else None)
         total, left = len(runs) * len(config.demo_seeds), ""
         for number, run_config in enumerate(configs.values(), start=num_before + 1):
@@ -109,5 +107,5 @@ def _check(config: DemoConfig, runs: dict[str, DemoRun]) -> None:
     if not config.demo_seeds:
         raise ListopdError("demo_seeds: give at least one seed")
     for name, run in runs.items():
-        if run.share is not None and not 0 <= run.share < float("inf"):
+        if run.share is not None and not 0 <= run.share < math.inf:
             raise ListopdError(f"demo.runs.{name}.share: must be finite and ≥ 0")

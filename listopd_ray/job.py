@@ -39,10 +39,10 @@ from listopd_ray.tracking import (
     check_same,
     check_startable,
     check_unchanged,
+    kept_json,
     progress_bar,
     read_json,
     read_jsonl,
-    replace_file,
 )
 from listopd_ray.train import Loop
 from listopd_ray.types import ListopdError
@@ -201,14 +201,10 @@ def _export(learner: LearnerHandle, run: Run, student: Path) -> None:
 
 def teacher_evaluation(config: Config, prepared: Prepared, teacher: TeacherPool) -> dict[str, Any]:
     """The teacher on the held-out prompts, by its own actor; cached by content."""
+    sampler = _TeacherSampler(teacher, prepared.max_new_tokens)
+    data, text, num_prompts = prepared.evaluation, prepared.text, config.evaluation.num_prompts
     file = _evaluation_file(config, prepared, "teacher")
-    if not file.exists():
-        sampler = _TeacherSampler(teacher, prepared.max_new_tokens)
-        num_prompts = config.evaluation.num_prompts
-        result, _ = evaluate(sampler, prepared.evaluation, prepared.text, num_prompts)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, json.dumps(result))
-    return json.loads(file.read_text())
+    return kept_json(file, lambda: evaluate(sampler, data, text, num_prompts)[0])
 
 
 def _evaluation_file(config: Config, prepared: Prepared, role: str, *depends_on: Any) -> Path:

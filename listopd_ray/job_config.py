@@ -59,9 +59,7 @@ class DemoRun:
 
 @dataclass(frozen=True)
 class DemoSection:
-    runs: dict[str, DemoRun] = field(
-        default_factory=dict
-    )  # name → keys below; none: λ = 1, λ = 2 and λ = 5 bounded
+    runs: dict[str, DemoRun] = field(default_factory=dict)  # none: λ = 1, λ = 2, λ = 5 bounded
 
 
 @dataclass(frozen=True)

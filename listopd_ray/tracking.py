@@ -225,6 +225,14 @@ class Run:
             self._wandb.finish(summary)
 
 
+def kept_json(file: Path, make: Callable[[], Any]) -> Any:
+    """The content of `file`; where it is not there it is made, and written first."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, json.dumps(make()))
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def progress_bar(
     what: str, total: int, initial: int = 0, unit: str = "update", delay: float = 0.0
 ) -> tqdm:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import time
 from collections import Counter
@@ -34,7 +33,7 @@ from listopd_ray.supervision import (
 from listopd_ray.task.contract import TokenText
 from listopd_ray.task.data import PromptStream
 from listopd_ray.trace import Trace
-from listopd_ray.tracking import Run, evaluation_metrics, progress_bar, replace_file
+from listopd_ray.tracking import Run, evaluation_metrics, kept_json, progress_bar
 from listopd_ray.types import Inspection, ListopdError, Prompt, Rollout
 
 if TYPE_CHECKING:  # not at run time: it brings Ray Train along
@@ -315,13 +314,7 @@ class Loop:
 
     def _assess(self, file: Path | None = None) -> tuple[dict[str, Any], dict[str, float]]:
         """Result and metrics of an evaluation, out of `file` if it is there, else kept in it."""
-        if file is not None and file.exists():
-            found = json.loads(file.read_text(encoding="utf-8"))
-        else:
-            found = self._evaluate()
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(file, json.dumps(found))
+        found = kept_json(file, self._evaluate) if file is not None else self._evaluate()
         self._run.keep_samples(self._step, found["samples"])
         return found["result"], evaluation_metrics(found["result"])
 
