@@ -195,8 +195,9 @@ def test_a_shift_below_three_grid_steps_is_not_testable(step, testable):
     assert judge("b", {**make_prediction(1.3), **without}, onset, step)["inside"] is None
 
 
-def test_the_verdict_in_the_docs_follows_from_the_trials_and_predictions_beside_it():
-    directory = Path(__file__).parents[2] / "docs" / "cliff"
+@pytest.mark.parametrize("study", ["cliff", "cliff/real"])
+def test_the_verdict_in_the_docs_follows_from_the_trials_and_predictions_beside_it(study):
+    directory = Path(__file__).parents[2] / "docs" / study
     rows = [json.loads(line) for line in (directory / "trials.jsonl").read_text().splitlines()]
     written = json.loads((directory / "verdict.json").read_text())
     assert study_verdict(directory, rows, written["plans"]) == written
