@@ -104,6 +104,12 @@ def micro_batch(config: Config, length: int) -> int:
     return max(1, min(rows, fits))
 
 
+def fed_tokens(config: Config, models: Models, shape: Shape, samples: int, ranks: int = 1) -> int:
+    """Tokens of so many samples, which `ranks` learners divide with the others of their prompt."""
+    together = max(1, config.group_size // ranks) if shape.shares_prompts else 1
+    return -(-samples // together) * models.prompt + samples * models.completion
+
+
 def learner_memory(config: Config, models: Models, rank: int = 0) -> tuple[Memory, Memory]:
     """Of a rank: on its device, and in main memory beside a GPU."""
     learner, shape = config.learner, models.student
@@ -142,7 +148,8 @@ def _layers(config: Config, models: Models) -> float:
     """Activations of a micro-batch until they are needed for the gradient."""
     learner, shape = config.learner, models.student
     mode = "autocast" if learner.autocast else learner.dtype
-    tokens = micro_batch(config, models.length) * models.length
+    rows = micro_batch(config, models.length)
+    tokens = fed_tokens(config, models, shape, rows, learner.num_ranks)
     layer = per_token(shape, mode, has_adapter=config.lora.rank > 0) * tokens
     hidden = BYTES[learner.dtype] * shape.hidden * tokens
     if learner.gradient_checkpointing:
@@ -190,7 +197,7 @@ def scoring_memory(config: Config, models: Models, teacher: Shape) -> tuple[Memo
     # Without a base the student is here for once, at the start-up gate.
     visitor = 0 if has_base else size * models.student.parameters
     scored = 3 * min(4 * rows * models.completion * teacher.vocab, SCORED_MIB << 20)
-    forward = rows * models.length * _passing(teacher, size)
+    forward = fed_tokens(config, models, teacher, rows) * _passing(teacher, size)
     return _on(
         config,
         "scoring",

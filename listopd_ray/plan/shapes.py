@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from listopd_ray.config import LoraConfig, ModelConfig
 from listopd_ray.models import qwen3_config
+from listopd_ray.roles.batching import can_share_prompts
 from listopd_ray.types import ListopdError
 
 
@@ -26,6 +27,7 @@ class Shape:
     vocab: int  # V
     normed: bool  # queries and keys, as in Qwen3
     tied: bool  # the head is the embedding
+    shares_prompts: bool  # the samples of a prompt are fed with it once
     parameters: int
     layer: int  # parameters of a layer's matrices
     adapter: int  # parameters of the LoRA adapter that was asked for
@@ -82,6 +84,7 @@ def _measured(config: PretrainedConfig, key: str, lora: LoraConfig | None) -> Sh
             vocab=config.vocab_size,
             normed=hasattr(layers[0].self_attn, "q_norm"),
             tied=bool(config.tie_word_embeddings),
+            shares_prompts=can_share_prompts(empty),
             parameters=sum(p.numel() for p in empty.parameters()),
             layer=sum(p.numel() for p in layers[0].parameters() if p.dim() == 2),
             adapter=_adapter(empty, lora) if lora else 0,

@@ -8,13 +8,13 @@ reading of weights and cache, whichever is longer, and what launching it costs.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from listopd_ray.config import Config, learner_scores_base, needs_base
 from listopd_ray.job_config import Machine
-from listopd_ray.plan.memory import BYTES, Models, cache_bytes
+from listopd_ray.plan.memory import BYTES, Models, cache_bytes, fed_tokens
 from listopd_ray.plan.shapes import Shape
 
 LAUNCH_S = {"cpu": 0.003, "cuda": 0.02}  # of a decoding step, assumed
@@ -58,19 +58,23 @@ def rates_of(machine: Machine, device: str) -> Rates | None:
 
 
 def estimate(config: Config, models: Models, rates: Rates) -> Times:
-    learner, student, length = config.learner, models.student, models.length
+    learner, student = config.learner, models.student
     samples = config.num_prompts * config.group_size
 
-    def forward(shape: Shape) -> float:
-        return 2.0 * samples * (shape.body * length + shape.head * models.completion)
+    def forward(shape: Shape, ranks: int = 1) -> float:
+        tokens = fed_tokens(config, models, shape, samples, ranks)
+        return 2.0 * (shape.body * tokens + shape.head * samples * models.completion)
 
     has_adapter = config.lora.rank > 0
     passes = (2 if has_adapter else 3) + (1 if learner.gradient_checkpointing else 0)
     if learner_scores_base(config):
         passes += 1
     rate = rates.operations["bfloat16" if learner.autocast else learner.dtype]
-    learn = passes * forward(student) / learner.num_ranks / rate
-    scored = sum(forward(shape) for shape in models.teachers.values()) / len(models.teachers)
+    learn = passes * forward(student, learner.num_ranks) / learner.num_ranks / rate
+    teachers = list(models.teachers.values())
+    if config.scoring.backend == "vllm":  # which is fed every sample whole
+        teachers = [replace(shape, shares_prompts=False) for shape in teachers]
+    scored = sum(map(forward, teachers)) / len(teachers)
     if needs_base(config) and not learner_scores_base(config):
         scored += forward(models.base)
     dtype = config.scoring.dtype or learner.dtype

@@ -62,6 +62,8 @@ COMMON = [
 CASES = {
     "tiny": ["num_prompts=8", "learner.micro_batch_size=4"],  # what does not grow with the model
     "smollm2": ["num_prompts=8", "learner.micro_batch_size=4"],
+    "smollm2-shared": ["num_prompts=3", "group_size=8"],
+    "smollm2-lora": ["num_prompts=3", "group_size=8", "lora.rank=16"],
     "wide": ["num_prompts=32", "learner.micro_batch_size=16"],
     "deep": ["num_prompts=32", "learner.micro_batch_size=16", "learner.dtype=bfloat16"],
     "deep-lora": ["num_prompts=32", "learner.micro_batch_size=16", "lora.rank=16"],

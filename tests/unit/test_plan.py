@@ -13,9 +13,17 @@ from listopd_ray.__main__ import main
 from listopd_ray.config import load_config
 from listopd_ray.job_config import Machine, PlanConfig, SearchConfig, StudyConfig
 from listopd_ray.plan.command import actors_of, models_of, plan
-from listopd_ray.plan.memory import BYTES, learner_memory, per_token, rollout_memory, scoring_memory
+from listopd_ray.plan.memory import (
+    BYTES,
+    fed_tokens,
+    learner_memory,
+    per_token,
+    rollout_memory,
+    scoring_memory,
+)
 from listopd_ray.plan.placing import nodes_of, place
 from listopd_ray.plan.shapes import shape_of
+from listopd_ray.plan.times import Rates, estimate
 from listopd_ray.types import ListopdError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -187,6 +195,32 @@ def test_logits_are_bounded_and_checkpointing_spares_activations(qwen3):
     whole, half = memory().activations, memory("learner.micro_batch_size=16").activations
     assert memory("learner.gradient_checkpointing=false").activations > 3 * whole
     assert half < 0.8 * whole
+
+
+def test_samples_of_a_prompt_are_fed_with_it_once(qwen3):
+    keys = ["lam=1", "num_prompts=4", "group_size=6"]
+    keys += ["plan.prompt_tokens=100", "plan.completion_tokens=10"]
+    config = shipped("qwen3_1p7b.yaml", qwen3, *keys)
+    models = models_of(config)
+    student = models.student
+
+    def tokens(shape, ranks=1):
+        return fed_tokens(config, models, shape, 24, ranks)
+
+    assert tokens(student) == 4 * 100 + 24 * 10
+    assert tokens(student, ranks=2) == 8 * 100 + 24 * 10
+    assert tokens(student, ranks=8) == tokens(replace(student, shares_prompts=False)) == 24 * 110
+
+    def learn_and_score(*arguments):
+        config = shipped("qwen3_1p7b.yaml", qwen3, *keys, "learner.num_ranks=1", *arguments)
+        rates = Rates(operations={"float32": 1e12, "bfloat16": 1e12}, memory=1e11, weights=1e9)
+        times = estimate(config, models_of(config), rates)
+        return times.learn, times.score
+
+    learn, score = learn_and_score()
+    learn_alone, score_alone = learn_and_score("num_prompts=24", "group_size=1")
+    assert learn < 0.4 * learn_alone and score < 0.4 * score_alone
+    assert learn_and_score("scoring.backend=vllm") == (learn, score_alone)
 
 
 def test_what_comes_and_goes_is_there_for_one_role_unless_all_work_at_once():
