@@ -272,9 +272,7 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     student: ModelConfig = field(default_factory=ModelConfig)
     teacher: ModelConfig = field(default_factory=ModelConfig)
-    teachers: dict[str, str] = field(
-        default_factory=dict
-    )  # name → checkpoint; examples name theirs
+    teachers: dict[str, str] = field(default_factory=dict)  # name → checkpoint; examples say which
     base: BaseConfig = field(default_factory=BaseConfig)
     warmstart_workers: int = 1  # Ray Train workers
     demo_seeds: list[int] = field(default_factory=lambda: [0])  # of `listopd demo` only

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from listopd_ray.config import LoraConfig, ModelConfig
-from listopd_ray.models import qwen3_config
+from listopd_ray.models import one_line, qwen3_config
 from listopd_ray.roles.batching import can_share_prompts
 from listopd_ray.types import ListopdError
 
@@ -63,7 +63,7 @@ def shape_of(
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ListopdError(f"{key}: {path}: {' '.join(str(error).split())[:200]}") from None
+        raise ListopdError(f"{key}: {path}: {one_line(error)}") from None
     return _measured(config, key, lora)
 
 
