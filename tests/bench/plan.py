@@ -5,8 +5,8 @@
 Models, data and runs go to DIRECTORY. Each case is a run of two updates with its start-up gate,
 evaluations, checkpoint and export. Of every actor: the largest sum of anonymous and file-backed
 resident memory, looked at every 20 ms; pages of Ray's object store, which several processes map,
-count for the whole alone, which is the sum of the proportional set sizes once a second. Case
-`smollm2` takes the pretrained checkpoint DIRECTORY/smollm2-135m, which has to be there.
+count for the whole alone, which is the sum of the proportional set sizes once a second. Cases
+`smollm2…` take the pretrained checkpoint DIRECTORY/smollm2-135m, which has to be there.
 """
 
 from __future__ import annotations
