@@ -36,7 +36,7 @@ RESULTS = {  # of a run's final numbers
     "parse_rate": "strict parse",
     "ndcg_at_1": "NDCG@1 of parsed",
     "ndcg_at_k_all": "NDCG@K, unparsed 0",
-    "lambda_star": "λ*",
+    "lambda_star": "λ* at update 1",
     "lam_over_lambda_star": "λ/λ*",
     "tokens": "tokens",
     "seconds": "seconds",
