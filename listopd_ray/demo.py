@@ -72,12 +72,14 @@ def _seed(
             measured = measure_run(common, prepared, cluster)
             keep_prediction(file, make_prediction([measured], common.clip))
         configs = _configs(common, runs, file if is_predicted else None)
-        total, left = len(runs) * len(config.demo_seeds), ""
+        total, each = len(runs) * len(config.demo_seeds), 0.0  # s of a whole run
         for number, run_config in enumerate(configs.values(), start=num_before + 1):
             if not summary_file(run_config).exists():
+                left = f", about {each * (total - number + 1) / 60:.0f} min left" if each else ""
                 print(f"{run_config.name}: run {number} of {total}{left}", file=sys.stderr)
+                is_begun = summary_file(run_config).parent.exists()
                 seconds = distill(run_config, prepared, cluster)["seconds"]
-                left = f", about {seconds * (total - number) / 60:.0f} min left"
+                each = each if is_begun else seconds
     return configs
 
 

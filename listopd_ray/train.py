@@ -137,9 +137,8 @@ class Loop:
         self._take_up(state or self._fresh)
         if state is None:
             with self._span("gate"):
-                size = (
-                    self._config.group_size
-                )  # of groups as in training: models may share a prompt
+                # In groups, as in training: models may share a prompt.
+                size = self._config.group_size
                 prompts = self._data.train.prompts[: math.ceil(GATE_SAMPLES / size)]
                 trial = self._workers.generate(prompts, "gate", group_size=size)
                 generated = self._workers.fetch(trial)
@@ -241,7 +240,10 @@ class Loop:
             else None
         )
         self._ledger.begin(self._step)
-        self._bar.update(self._step - self._bar.n)
+        if self._bar.n == 0:
+            self._bar.initial = self._step  # of the rate: those were done before
+        self._bar.n = self._bar.last_print_n = self._step
+        self._bar.refresh()
         self._sync()
 
     def _state(self) -> dict[str, Any]:

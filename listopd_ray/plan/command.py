@@ -80,7 +80,8 @@ def models_of(config: PlanConfig) -> Models:
         base = shape_of(config.base.path, "base.path", vocab)
     section = config.plan
     for name in ("prompt_tokens", "completion_tokens"):
-        if (getattr(section, name) or 1) < 1:
+        value = getattr(section, name)
+        if value is not None and value < 1:
             raise ListopdError(f"plan.{name}: must be at least 1")
     return Models(
         student=student,

@@ -53,14 +53,14 @@ def source(tokenizer):
 def write_gguf(source, tokenizer, tmp_path):
     """A file as llama.cpp writes them: rows of queries and keys interleaved for its rotation."""
 
-    def write(architecture="llama", kind=gguf.GGMLQuantizationType.F32, without=""):
+    def write(architecture="llama", kind=gguf.GGMLQuantizationType.F32, without="", heads=4):
         path, config = tmp_path / "model.gguf", source.config
         writer = gguf.GGUFWriter(path, architecture)
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(config.num_hidden_layers)
         writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count(heads)
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
@@ -126,12 +126,14 @@ def test_the_checkpoint_is_the_model_that_the_file_was_made_of(
         torch.testing.assert_close(logprobs(found, ids), logprobs(source, ids))
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 0
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1  # readable by the same people
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"architecture": "unheard"}, "cannot be converted: GGUF model with architecture unheard"),
+        ({"heads": 5}, "cannot be converted: "),
         ({"without": "model.layers.1.mlp.up_proj.weight"}, "weights are missing: model.layers.1"),
     ],
 )

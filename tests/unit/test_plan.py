@@ -257,6 +257,7 @@ def test_roles_that_are_alike_are_one_line_and_all_are_placed(qwen3):
             ["plan.machines.a.memory_gb_s=nan"],
             "plan.machines.a.memory_gb_s: must be finite and > 0",
         ),
+        (["plan.completion_tokens=0"], "plan.completion_tokens: must be at least 1"),
         (["plan.prompt_tokens=-5"], "plan.prompt_tokens: must be at least 1"),
         (["lora.rank=4", "lora.target_modules=[proj]"], "no linear layer called proj"),
         (["lora.rank=4", "lora.target_modules=[nothing]"], "no linear layer called nothing"),

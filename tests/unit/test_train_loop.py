@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -235,6 +236,13 @@ def test_a_run_may_be_interrupted_more_than_once(config, start, tmp_path):
         start(broken, fail_at)
     start(broken)
     assert rows(broken) == rows(config)
+
+
+def test_updates_done_before_do_not_count_in_the_rate(config, start, capsys):
+    start(config, 5)
+    capsys.readouterr()
+    start(config)
+    assert re.search(rf" 4/{NUM_STEPS} \[\d+:\d+<\?, +\?update/s", capsys.readouterr().err)
 
 
 def test_a_run_stopped_before_its_summary_finishes_without_another_update(config, start):
