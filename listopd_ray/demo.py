@@ -87,22 +87,23 @@ def _configs(
     common: Config, runs: dict[str, DemoRun], prediction: Path | None
 ) -> dict[str, Config]:
     """Each run's configuration; raises ListopdError where λ* is needed and none was found."""
-    star: Any = None
+    star: Any = math.nan
     if prediction is not None:
         content = read_json(prediction, str(prediction))
         star = content.get("lambda_star") if isinstance(content, dict) else None
         if not isinstance(star, float):
             raise ListopdError(f"{prediction}: predicts no λ*: demo.runs.NAME.share means nothing")
-    configs = {}
-    for name, run in runs.items():
-        values: dict[str, Any] = {
-            "name": f"{common.name}-{name}",
-            "lam": run.lam if run.share is None else round(1 + run.share * (star - 1), 2),
-            "extrapolation": run.extrapolation,
-            "prediction": str(prediction) if prediction else None,
-        }
-        configs[name] = with_values(common, values)
-    return configs
+    common = with_values(common, {"prediction": str(prediction) if prediction else None})
+    return {name: _run_config(common, name, run, star) for name, run in runs.items()}
+
+
+def _run_config(common: Config, name: str, run: DemoRun, star: float) -> Config:
+    values: dict[str, Any] = {
+        "name": f"{common.name}-{name}",
+        "lam": run.lam if run.share is None else round(1 + run.share * (star - 1), 2),
+        "extrapolation": run.extrapolation,
+    }
+    return with_values(common, values)
 
 
 def _check(config: DemoConfig, runs: dict[str, DemoRun]) -> None:
@@ -111,3 +112,6 @@ def _check(config: DemoConfig, runs: dict[str, DemoRun]) -> None:
     for name, run in runs.items():
         if run.share is not None and not 0 <= run.share < math.inf:
             raise ListopdError(f"demo.runs.{name}.share: must be finite and ≥ 0")
+        if run.share is not None and run.lam != 1:
+            raise ListopdError(f"demo.runs.{name}: give lam or share, not both")
+        _run_config(config, name, run, star=2.0)

@@ -203,7 +203,8 @@ def teacher_evaluation(config: Config, prepared: Prepared, teacher: TeacherPool)
     """The teacher on the held-out prompts, by its own actor; cached by content."""
     sampler = _TeacherSampler(teacher, prepared.max_new_tokens)
     data, text, num_prompts = prepared.evaluation, prepared.text, config.evaluation.num_prompts
-    file = _evaluation_file(config, prepared, "teacher")
+    dtype = config.scoring.dtype or config.learner.dtype
+    file = _evaluation_file(config, prepared, "teacher", config.scoring.backend, dtype)
     return kept_json(file, lambda: evaluate(sampler, data, text, num_prompts)[0])
 
 
@@ -216,6 +217,7 @@ def _evaluation_file(config: Config, prepared: Prepared, role: str, *depends_on:
         dataclasses.asdict(config.task),
         config.data.max_prompt_tokens,
         prepared.max_new_tokens,
+        config.device,
         *depends_on,
     ]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

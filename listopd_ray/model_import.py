@@ -45,7 +45,9 @@ def import_model(config: ImportConfig) -> str:
             for file_written in partial.iterdir():  # the weights would be their owner's alone
                 shutil.copymode(partial / "config.json", file_written)
             ids = load_tokenizer(partial).encode(PROBE)
-            said = _logprobs(model, tokenizer.encode(PROBE))
+            if ids != tokenizer.encode(PROBE):
+                raise ListopdError(f"{file}: the written tokenizer splits text in another way")
+            said = _logprobs(model, ids)
             difference = (_logprobs(load_model(partial), ids) - said).abs().max().item()
             if not difference <= 1e-4:  # NaN fails too
                 raise ListopdError(

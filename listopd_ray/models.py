@@ -33,6 +33,7 @@ from listopd_ray.types import Example, ListopdError, StrPath
 transformers_logging.disable_progress_bar()  # one file each: the bars flash by and say nothing
 
 END, PAD = "<|end|>", "<|pad|>"
+LOGIT_SCALES = ("logits_scaling", "logit_scale")  # of Granite, of Cohere
 HEAD_SIZE = 32  # the smallest that vLLM's CPU attention has a kernel for
 
 # JSON punctuation takes a following space with it, a digit a preceding space and currency sign, so
@@ -112,8 +113,9 @@ def load_model(path: StrPath, *, dtype: str = "float32", device: str = "cpu") ->
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise ListopdError(f"{path}: {name} holds values that are not finite")
-    if getattr(model.config, "final_logit_softcapping", None):
-        raise ListopdError(f"{path}: models with capped logits are not supported")
+    scales = [getattr(model.config, name, None) or 1.0 for name in LOGIT_SCALES]
+    if getattr(model.config, "final_logit_softcapping", None) or scales != [1.0] * len(scales):
+        raise ListopdError(f"{path}: models with capped or scaled logits are not supported")
     return model.to(device)
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
 from listopd_ray.config import ModelConfig
 from listopd_ray.models import (
@@ -195,6 +196,35 @@ def test_weights_of_another_architecture_are_refused(student_path, tmp_path):
     file.write_text(json.dumps(content | {"layer_types": 3 * ["full_attention"]}))
     with pytest.raises(ListopdError, match="weights are missing"):
         load_model(tmp_path / "model")
+
+
+TINY = dict(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GraniteConfig(**TINY, logits_scaling=8.0),
+        CohereConfig(**TINY),
+        Gemma2Config(**TINY, head_dim=8),
+    ],
+)
+def test_logits_that_are_not_the_heads_products_are_refused(config, tmp_path):
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ListopdError, match="capped or scaled logits are not supported"):
+        load_model(tmp_path)
+
+
+def test_a_scale_of_one_is_none(tmp_path):
+    AutoModelForCausalLM.from_config(GraniteConfig(**TINY)).save_pretrained(tmp_path)
+    load_model(tmp_path)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(student_path, tmp_path):
