@@ -26,7 +26,7 @@ demo: $(STAMP)  ## the main job on two CPU cores: warm starts, then λ = 1, 2 an
 	$(BIN)/listopd data synthetic out=data/synthetic
 	$(BIN)/listopd demo conf/demo.yaml
 
-demo-real: $(STAMP) $(SMOLLM2)/config.json  ## the same with a real language model, about 70 minutes
+demo-real: $(STAMP) $(SMOLLM2)/config.json  ## the same with a real language model, 40 to 70 minutes
 	$(BIN)/listopd data synthetic criteria=[rating] out=data/rating
 	$(BIN)/listopd demo conf/smollm2_135m.yaml $(BFLOAT16)
 
