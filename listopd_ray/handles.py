@@ -23,7 +23,7 @@ from listopd_ray.checkpoint import Files, writing
 from listopd_ray.models import write_files
 from listopd_ray.roles.rollout import Generated, Request
 from listopd_ray.roles.teacher import Scored
-from listopd_ray.supervision import Faults, LearnerLost
+from listopd_ray.supervision import ActorLost, Faults, LearnerLost
 from listopd_ray.team import LOST, Team, Work, why_lost
 from listopd_ray.types import Inspection, ListopdError, Prompt
 
@@ -164,9 +164,9 @@ class LearnerHandle:
                 write_files(directory / "adapter", files["adapter"])
 
     def restart(self, why: Exception) -> None:
-        """Others in the place of ranks of which one was lost; raises `why` where nobody may."""
-        if self._spawn is None:
-            raise why
+        """Others in the place of ranks of which one was lost; raises ActorLost where nobody may."""
+        if self._spawn is None:  # not LearnerLost again: the loop would come back with it
+            raise ActorLost(str(why)) from why
         reason = str(why)
         while True:
             self._faults.spend("learner", reason.removeprefix("learner").lstrip(": "))

@@ -23,9 +23,10 @@ from test_train_loop import (
 )
 
 from listopd_ray.config import FaultsConfig
+from listopd_ray.handles import LearnerHandle
 from listopd_ray.ledger import committed
 from listopd_ray.roles.teacher import Scored
-from listopd_ray.supervision import Faults, Interrupted, LearnerLost, LimitReached
+from listopd_ray.supervision import ActorLost, Faults, Interrupted, LearnerLost, LimitReached
 from listopd_ray.tracking import Run, read_jsonl
 from listopd_ray.train import Loop, from_json, to_json
 from listopd_ray.types import ListopdError
@@ -278,6 +279,20 @@ def test_a_learner_that_is_lost_for_good_leaves_the_checkpoint_before(config, st
     assert str(raised.value).startswith(expected)
     whole = in_another_place(config, tmp_path)
     assert start(config).learner.theta == start(whole).learner.theta
+
+
+class InASlot(Hangs):
+    """As the learner of a slot: the real handle has nothing to start another with."""
+
+    def restart(self, why):
+        self.restarts += 1
+        assert self.restarts == 1, "asked for again"
+        LearnerHandle([], Faults(FaultsConfig()), None).restart(why)
+
+
+def test_a_learner_that_nobody_may_replace_ends_its_trial(config, start):
+    with pytest.raises(ActorLost, match=r"^learner hung: no answer in 5 s$"):
+        start(config, learner=InASlot())
 
 
 def test_a_prompt_id_with_a_line_separator_does_not_break_the_files(config, start, data):
