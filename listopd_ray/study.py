@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from listopd_ray.baselines import run_baselines
-from listopd_ray.calibrate import Measured, make_prediction, print_prediction
+from listopd_ray.calibrate import Measured, make_prediction, print_prediction, read_onset
 from listopd_ray.cliff.calibration import FIRST_ID, scale_prediction
 from listopd_ray.cliff.verdict import (
     CRITERION,
@@ -39,7 +39,7 @@ from listopd_ray.config import (
     run_directory,
     with_values,
 )
-from listopd_ray.job_config import Curve, StudyConfig
+from listopd_ray.job_config import CalibrateConfig, Curve, StudyConfig
 from listopd_ray.report import REPORT, close_with_report
 from listopd_ray.slots import Slots
 from listopd_ray.splits import data_directory
@@ -191,7 +191,7 @@ class Predictor:
             {"kind": "first_id", **{edge: at_first.get(edge) for edge in edges}},
         ]
         if curve.calibrated_from:
-            source = self._onset_of(curve.calibrated_from)
+            source = self._onset_of(curve.calibrated_from, first)
             if source["high"] is None or source["num_steps"] != first.num_steps:
                 missing = dict.fromkeys(edges)
                 why = f"{curve.calibrated_from} has no onset at {first.num_steps} updates"
@@ -201,7 +201,7 @@ class Predictor:
                 source |= {key: apriori[key] for key in known}
                 also.append(scale_prediction(source, first.clip))
         if curve.budget_from:
-            source = self._onset_of(curve.budget_from)
+            source = self._onset_of(curve.budget_from, first)
             for kind, star in (
                 ("budget", apriori["lambda_star"]),
                 ("budget_first_id", at_first.get("lambda_star")),
@@ -217,7 +217,10 @@ class Predictor:
             "also": [{**prediction, **common} for prediction in also],
         }
 
-    def _onset_of(self, name: str) -> dict[str, Any]:
+    def _onset_of(self, name: str, trial: Config) -> dict[str, Any]:
+        """That of a curve of this study, or of the file of another one."""
+        if name not in self._config.study.curves:
+            return _onset_in_file(name, trial)
         rows = read_rows(self._config, name)
         if not rows:
             raise ListopdError(f"study.curves.{name}: run it before the curve that it predicts")
@@ -227,6 +230,10 @@ class Predictor:
         except ValueError as error:
             raise ListopdError(f"study.curves.{name}: no onset to predict from: {error}") from None
         return onset
+
+
+def _onset_in_file(file: str, trial: Config) -> dict[str, Any]:
+    return read_onset(CalibrateConfig(from_=file, clip=trial.clip, num_steps=trial.num_steps))
 
 
 def grid(lambda_star: float | None, curve: Curve) -> list[float]:
@@ -376,9 +383,12 @@ def _check(config: StudyConfig) -> None:
         key = f"study.curves.{name}"
         if not re.fullmatch(r"[\w.-]+", name):
             raise ListopdError(f"{key}: a name has letters, digits, '.', '-' and '_' only")
-        for source in (curve.calibrated_from, curve.budget_from):
-            if source is not None and source not in before:
-                raise ListopdError(f"{key}: '{source}' is no earlier curve")
+        if curve.budget_from not in (None, *before):
+            raise ListopdError(f"{key}: '{curve.budget_from}' is no earlier curve")
+        source = curve.calibrated_from
+        is_file = source is not None and source not in study.curves and Path(source).is_file()
+        if source not in (None, *before) and not is_file:
+            raise ListopdError(f"{key}: '{source}' is neither an earlier curve nor a file")
         if curve.lams and curve.judge and curve.lams[0] != 1.0:
             raise ListopdError(f"{key}.lams: must begin with 1, where the floor is taken")
         if curve.lams != sorted(set(curve.lams)) or not all(0 <= x < math.inf for x in curve.lams):
@@ -390,5 +400,7 @@ def _check(config: StudyConfig) -> None:
             raise ListopdError(f"{key}.set: {not_free[0]} is set by the study itself")
         if not (curve.step > 0 and curve.points >= 1):
             raise ListopdError(f"{key}: step must be > 0 and points ≥ 1")
-        next(_trials(config, name, curve, [1.0]))  # the keys it sets
+        trial = next(_trials(config, name, curve, [1.0]))  # the keys it sets
+        if source is not None and is_file:
+            _onset_in_file(source, trial)
         before.add(name)

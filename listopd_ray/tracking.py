@@ -240,6 +240,7 @@ def progress_bar(
     nobody watches."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     options: dict[str, Any] = dict(initial=initial, unit=unit, unit_scale=unit == "B", delay=delay)
+    options["nrows"] = 24  # tqdm hides a bar on a terminal that does not tell its height
     return tqdm(desc=what, total=total, mininterval=interval, **options)
 
 

@@ -305,6 +305,32 @@ def test_an_unjudged_curve_takes_trials_from_others_and_shares_lambda_1(slots, m
     assert len([row for row in rows if json.loads(row)["curve"] == "bounded"]) == 6
 
 
+def test_the_onset_of_another_study_predicts_a_curve_from_its_verdict(slots, make_study, tmp_path):
+    elsewhere = tmp_path / "elsewhere.json"
+    onset = {"low": 1.5, "high": 1.7, "clip": 3.0, "num_steps": 120}
+    elsewhere.write_text(json.dumps({"tests": [], "curves": {"c3": onset}}))
+    curve = Curve(set={"clip": 2.0}, judge=True, calibrated_from=str(elsewhere))
+    config = make_study(c2=curve)
+    study_job(config)
+    calibrated = read_verdict(config)["tests"][-1]
+    assert calibrated["name"] == "c2 calibrated"
+    assert calibrated["predicted"] == pytest.approx(1 + 0.6 * np.log(2) / np.log(3))
+    assert calibrated["inside"] is True  # breaks above 1.42
+    assert (calibrated["teacher_mass"], calibrated["base_mass"]) == (0.767, 0.288)
+
+
+def test_another_studys_verdict_without_a_fitting_onset_is_refused_at_once(
+    slots, make_study, tmp_path
+):
+    elsewhere = tmp_path / "elsewhere.json"
+    onset = {"low": 1.5, "high": 1.7, "clip": 3.0, "num_steps": 30}
+    elsewhere.write_text(json.dumps({"tests": [], "curves": {"c3": onset}}))
+    config = make_study(c2=Curve(judge=True, calibrated_from=str(elsewhere)))
+    with pytest.raises(ListopdError, match=r"elsewhere\.json: no onset measured with num_steps"):
+        study_job(config)
+    assert not run_directory(config).exists()
+
+
 def test_a_budget_prediction_starts_from_the_onset_at_another_budget(slots, make_study):
     short = Curve(set={"clip": 2.0, "num_steps": 40}, judge=True)
     long = Curve(
@@ -331,7 +357,9 @@ def test_a_budget_prediction_starts_from_the_onset_at_another_budget(slots, make
     ("curves", "error"),
     [
         ({}, "study.curves: give at least one"),
-        ({"a": Curve(calibrated_from="b")}, "study.curves.a: 'b' is no earlier curve"),
+        ({"a": Curve(calibrated_from="b")}, "a: 'b' is neither an earlier curve nor a file"),
+        ({"a": Curve(calibrated_from="a")}, "a: 'a' is neither an earlier curve nor a file"),
+        ({"a": Curve(budget_from="b")}, "study.curves.a: 'b' is no earlier curve"),
         ({"a": Curve(lams=[1.2, 1.3], judge=True)}, "study.curves.a.lams: must begin with 1"),
         ({"a": Curve(lams=[1.0, 1.3, 1.2])}, "study.curves.a.lams: must be finite, ≥ 0 and rise"),
         ({"a": Curve(seeds=[])}, "study.curves.a.seeds: give at least one"),

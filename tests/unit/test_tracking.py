@@ -1,4 +1,6 @@
 import json
+import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from listopd_ray.tracking import (
     check_startable,
     check_unchanged,
     lock_directory,
+    progress_bar,
     replace_file,
 )
 from listopd_ray.types import ListopdError
@@ -254,3 +257,15 @@ def test_what_wandb_refuses_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(ListopdError, match=r"^W&B: .*tracking\.wandb=false") as raised:
         Run(config, {})
     assert "\n" not in str(raised.value)
+
+
+def test_a_bar_is_seen_on_a_terminal_that_does_not_tell_its_size(monkeypatch):
+    master, slave = pty.openpty()  # of 0 lines and 0 columns
+    with open(slave, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with progress_bar("warm start", 4) as bar:
+            bar.update(4)
+        shown = os.read(master, 1000).decode()
+    os.close(master)
+    assert "warm start: 100%" in shown
+    assert "4/4" in shown
