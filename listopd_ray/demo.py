@@ -76,7 +76,8 @@ def _seed(
         for number, run_config in enumerate(configs.values(), start=num_before + 1):
             if not summary_file(run_config).exists():
                 left = f", about {each * (total - number + 1) / 60:.0f} min left" if each else ""
-                print(f"{run_config.name}: run {number} of {total}{left}", file=sys.stderr)
+                lam = f"λ = {run_config.lam:g}, {run_config.extrapolation}"
+                print(f"{run_config.name}: {lam}, run {number} of {total}{left}", file=sys.stderr)
                 is_begun = summary_file(run_config).parent.exists()
                 seconds = distill(run_config, prepared, cluster)["seconds"]
                 each = each if is_begun else seconds

@@ -16,6 +16,7 @@ from listopd_ray.checkpoint import writing
 from listopd_ray.job_config import ImportConfig
 from listopd_ray.models import load_model, load_tokenizer, one_line
 from listopd_ray.roles.batching import collate, completion_logprobs, gather
+from listopd_ray.tracking import check_writable
 from listopd_ray.types import ListopdError
 
 MAGIC = b"GGUF"
@@ -35,6 +36,7 @@ def import_model(config: ImportConfig) -> str:
     _check_file(file)
     if out.exists():
         raise ListopdError(f"out: {out}: exists already")
+    check_writable(out)
     model, tokenizer = _read(file)
     with writing(str(out)):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,8 @@ def _read(file: Path) -> tuple[PreTrainedModel, Any]:
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
     except Exception as error:  # several parsers read the file, each with its own
-        raise ListopdError(f"gguf: {file}: cannot be converted: {one_line(error)}") from None
+        why = f"damaged, or it cannot be converted: {one_line(error)}"
+        raise ListopdError(f"gguf: {file}: {why}") from None
     if report["missing_keys"]:  # transformers would draw them at random
         raise ListopdError(f"gguf: {file}: weights are missing: {min(report['missing_keys'])}")
     return model.eval(), tokenizer

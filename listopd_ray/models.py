@@ -113,8 +113,8 @@ def load_model(path: StrPath, *, dtype: str = "float32", device: str = "cpu") ->
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise ListopdError(f"{path}: {name} holds values that are not finite")
-    scales = [getattr(model.config, name, None) or 1.0 for name in LOGIT_SCALES]
-    if getattr(model.config, "final_logit_softcapping", None) or scales != [1.0] * len(scales):
+    is_scaled = any(getattr(model.config, name, None) not in (None, 0, 1) for name in LOGIT_SCALES)
+    if getattr(model.config, "final_logit_softcapping", None) or is_scaled:
         raise ListopdError(f"{path}: models with capped or scaled logits are not supported")
     return model.to(device)
 

@@ -149,6 +149,7 @@ class Loop:
             self._steering.observe(metrics, lam=1.0)  # its parse rate may be the best
             if "rollback" in (self._config.alarm.action, self._config.faults.skipped_action):
                 self._save()
+        self._bar.unpause()  # the time left is that of updates
 
     def _turn(self) -> None:
         with self._span("turn", step=self._step):
@@ -321,9 +322,11 @@ class Loop:
         return found["result"], evaluation_metrics(found["result"])
 
     def _evaluate(self) -> dict[str, Any]:
-        data, config = self._data, self._config.evaluation
+        data, config, name = self._data, self._config.evaluation, self._config.name
+        self._bar.set_description(f"{name}, evaluation")
         with self._span("evaluate"):
             result, judged = evaluate(self._workers, data.evaluation, data.text, config.num_prompts)
+        self._bar.set_description(name, refresh=False)
         kept = judged[: config.num_samples]
         samples = sample_rows(kept, data.evaluation.prompts, data.text)
         return {"result": result, "samples": samples}

@@ -3,6 +3,8 @@
 A share `format_noise` of the completion's target tokens is replaced by uniformly random ones (the
 inputs stay clean), so that model and data say how imperfect the result is: on a contract-valid
 prefix the best attainable mass of the right structural token is 1 − noise + noise/V.
+
+One that was interrupted goes on, to the same bits, from what it left in the cache.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import math
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,9 +31,12 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_model
 from ray.util.placement_group import remove_placement_group
 from ray.util.queue import Queue
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from listopd_ray.checkpoint import writing
 from listopd_ray.cluster import ray_session
 from listopd_ray.config import Config, ModelConfig, WarmstartConfig
 from listopd_ray.models import (
@@ -40,10 +46,12 @@ from listopd_ray.models import (
     load_tokenizer,
     make_model,
     model_hash,
+    one_line,
     read_files,
     write_files,
 )
 from listopd_ray.placement import Bundle, beside_driver, reserve
+from listopd_ray.roles.optimizer_state import optimizer_tensors, restore_optimizer
 from listopd_ray.splits import answer_ids, data_directory
 from listopd_ray.supervision import handlers_kept
 from listopd_ray.task.contract import answer_text, ideal_ranking, prompt_text
@@ -52,6 +60,8 @@ from listopd_ray.tracking import progress_bar
 from listopd_ray.types import Example, ListopdError
 
 RECIPE = 1  # part of every cache key: raise it when this file trains differently
+KEEP_EVERY_S = 120.0  # of a warm start that takes long, to go on from
+SHOW_EVERY_S = 0.5
 
 
 def warm_start(config: Config, role: str) -> Path:
@@ -103,6 +113,8 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
     else:
         tokenizer = build_tokenizer(_texts(examples), config.tokenizer.vocab_size)
     sequences = _encode(config, examples, tokenizer)
+    unfinished = target.with_name(f"{target.name}.unfinished").absolute()
+    first = _updates_done(unfinished)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -128,6 +140,11 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
                 "seed": seed,
                 "sequences": ray.put(sequences),
                 "results": results,
+                "scratch": Path(scratch).absolute(),
+                "unfinished": unfinished,
+                "first": first,
+                "kept": ray.put(unfinished.read_bytes()) if first else None,
+                "keep_every_s": KEEP_EVERY_S,
             },
             scaling_config=ScalingConfig(
                 num_workers=config.warmstart_workers,
@@ -136,7 +153,7 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
             ),
             run_config=RunConfig(name=role, storage_path=str(Path(scratch, "ray").absolute())),
         )
-        bar = progress_bar(f"warm start {role}, seed {seed}", model.warmstart.num_steps)
+        bar = progress_bar(f"warm start {role}, seed {seed}", model.warmstart.num_steps, first)
         trained: dict[str, bytes] = {}
         watcher = threading.Thread(target=_receive, args=(results, bar, trained), daemon=True)
         watcher.start()
@@ -152,6 +169,7 @@ def _train(config: Config, role: str, model: ModelConfig, target: Path) -> None:
         tokenizer.save_pretrained(finished)
         if not target.exists():  # another process may have made the same one meanwhile
             os.replace(finished, target)
+        unfinished.unlink(missing_ok=True)
 
 
 def _seed(config: Config, model: ModelConfig) -> int:
@@ -184,6 +202,17 @@ def _receive(results: Queue, bar: tqdm, trained: dict[str, bytes]) -> None:
         trained.update(item)
 
 
+def _updates_done(unfinished: Path) -> int:
+    """By an interrupted warm start, of which this file is left."""
+    if not unfinished.exists():
+        return 0
+    try:
+        with safe_open(unfinished, "pt") as file:
+            return int(file.metadata()["step"])
+    except (OSError, SafetensorError) as error:
+        raise ListopdError(f"{unfinished}: damaged, remove it: {one_line(error)}") from None
+
+
 def _worker(arguments: dict[str, Any]) -> None:
     """One Ray Train worker: its slice of every batch; the batches are those of a single worker."""
     config: WarmstartConfig = arguments["warmstart"]
@@ -197,6 +226,11 @@ def _worker(arguments: dict[str, Any]) -> None:
     vocab_size = bare.config.vocab_size
     model = prepare_model(_Losses(bare))
     optimizers = _optimizers(model, config)
+    if arguments["kept"] is not None:
+        _restore(ray.get(arguments["kept"]), bare, optimizers)
+    # Another machine than the driver's may not see its cache: nothing is kept then.
+    keeps = rank == 0 and arguments["scratch"].is_dir()
+    kept_at = shown_at = time.monotonic()
     rng = np.random.default_rng([arguments["seed"], 1])
     order = np.empty(0, dtype=np.int64)
     for step in range(config.num_steps):
@@ -204,6 +238,8 @@ def _worker(arguments: dict[str, Any]) -> None:
             order = np.concatenate([order, rng.permutation(len(sequences))])
         picked, order = order[: config.batch_size], order[config.batch_size :]
         batch = _make_batch([sequences[i] for i in picked], config, vocab_size, rng)
+        if step < arguments["first"]:
+            continue  # drawn, so that what follows is what it would have been
         input_ids, targets, weights = (t[rank::world].to(bare.device) for t in batch)
         # Of a small model the head is much of the work. Where the prompt counts all places do.
         counted = None if config.prompt_loss_weight else weights > 0
@@ -219,12 +255,48 @@ def _worker(arguments: dict[str, Any]) -> None:
                 group["lr"] = config.lr * _lr_factor(step, config)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if rank == 0 and (step % 10 == 9 or step == config.num_steps - 1):
+        now, is_last = time.monotonic(), step + 1 == config.num_steps
+        if rank == 0 and (now - shown_at >= SHOW_EVERY_S or is_last):
             arguments["results"].put((step + 1, loss.item()))
+            shown_at = now
+        if keeps and now - kept_at >= arguments["keep_every_s"] and not is_last:
+            _keep(arguments, step + 1, bare, optimizers)
+            kept_at = time.monotonic()
     if rank == 0:
         with tempfile.TemporaryDirectory() as directory:
             bare.save_pretrained(directory)
             arguments["results"].put(read_files(directory))
+
+
+def _keep(
+    arguments: dict[str, Any],
+    num_done: int,
+    model: PreTrainedModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> None:
+    """Weights and moments in one file, whole or as it was before."""
+    tensors = {f"weights/{name}": p.detach() for name, p in model.named_parameters()}
+    for number, optimizer in enumerate(optimizers):
+        tensors |= {f"{number}/{name}": value for name, value in optimizer_tensors(optimizer)}
+    partial = arguments["scratch"] / "unfinished"
+    with writing(str(arguments["unfinished"])):
+        save_file(tensors, partial, {"step": str(num_done)})
+        os.replace(partial, arguments["unfinished"])
+
+
+@torch.no_grad()
+def _restore(
+    content: bytes, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """What `_keep` wrote, in place."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in load(content).items():
+        part, _, name = name.partition("/")
+        parts.setdefault(part, {})[name] = value
+    for name, parameter in model.named_parameters():
+        parameter.copy_(parts["weights"][name])
+    for number, optimizer in enumerate(optimizers):
+        restore_optimizer(optimizer, parts[str(number)])
 
 
 class _Losses(torch.nn.Module):

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from listopd_ray.roles.learner import Learner
+from listopd_ray.roles.optimizer_state import optimizer_tensors
 from listopd_ray.roles.ranks import whole
 
 
@@ -47,6 +48,6 @@ def run(rank, meeting_point, config, arguments, batches, out):
     learner.restore(f"{out}/checkpoint", files)
     restored = torch.cat([whole(p.detach()).flatten() for p in learner._student.trained()])
     np.testing.assert_array_equal(restored.numpy(), weights[-1])
-    state = {name: value.numpy() for name, value in learner._optimizer_state().items()}
+    state = {name: value.numpy() for name, value in optimizer_tensors(learner._optimizer)}
     if rank == 0:
         np.savez(f"{out}/optimizer.npz", **state)

@@ -25,8 +25,9 @@ from listopd_ray.roles.batching import (
     sequence_lengths,
 )
 from listopd_ray.roles.losses import TokenScores, Update
+from listopd_ray.roles.optimizer_state import optimizer_tensors, restore_optimizer
 from listopd_ray.roles.publisher import Publisher
-from listopd_ray.roles.ranks import Ranks, fill, whole
+from listopd_ray.roles.ranks import Ranks, whole
 from listopd_ray.roles.scoring import Contract
 from listopd_ray.roles.student import Student
 from listopd_ray.roles.teacher import Scored
@@ -210,7 +211,8 @@ class Learner:
     def save(self, url: str) -> Files | None:
         """Weights, optimizer and version; the digests of the files, from rank 0. There is no other
         state: a sample's noise is seeded by its name, and nothing here draws any."""
-        weights, optimizer = self._student.state(), self._optimizer_state()
+        weights = self._student.state()
+        optimizer = self._ranks.collected(optimizer_tensors(self._optimizer))
         if self._ranks.rank:
             return None
         with staged(url) as directory:
@@ -228,7 +230,7 @@ class Learner:
                 self._student.restore(directory)
             except ListopdError as error:  # written as it is, and yet no model
                 raise CorruptCheckpoint(str(error)) from None
-            self._restore_optimizer(load_file(directory / "optimizer.safetensors"))
+            restore_optimizer(self._optimizer, load_file(directory / "optimizer.safetensors"))
             learner = json.loads((directory / "learner.json").read_text())
             self.policy_version = learner["policy_version"]
 
@@ -244,27 +246,6 @@ class Learner:
             if adapter is not None:
                 student.write_adapter(Path(directory, "adapter"), adapter)
             return {path.name: read_files(str(path)) for path in Path(directory).iterdir()}
-
-    def _optimizer_state(self) -> dict[str, torch.Tensor]:
-        """Whole, in rank 0 alone, by number of the parameter and name of the slot."""
-        return self._ranks.collected(
-            (f"{index}.{slot}", whole(value))
-            for index, slots in self._optimizer.state_dict()["state"].items()
-            for slot, value in slots.items()
-        )
-
-    def _restore_optimizer(self, saved: dict[str, torch.Tensor]) -> None:
-        slots: dict[int, dict[str, torch.Tensor]] = {}
-        parameters = self._student.trained()
-        for name, value in saved.items():
-            index, slot = name.split(".")
-            if value.dim():  # of a parameter, and spread over the ranks as it is
-                kept = torch.zeros_like(parameters[int(index)])
-                fill(kept, value)
-                value = kept
-            slots.setdefault(int(index), {})[slot] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": slots, "param_groups": groups})
 
     def _groups(self, rollouts: Sequence[ScoredRollout]) -> list[list[int]]:
         """This rank's micro-batches, indices into `rollouts`: of like length, and as many as every

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from listopd_ray import warmstart as warmstart_module
 from listopd_ray.config import Config, ModelConfig, WarmstartConfig
 from listopd_ray.models import load_model
 from listopd_ray.prepare import Prepared, prepare
@@ -22,21 +23,54 @@ def test_a_warm_start_is_made_once(prepared: Prepared, config: Config) -> None:
     assert prepared.student_path != prepared.teacher_path
 
 
-def test_two_workers_make_the_same_warm_start_as_one(
-    ray_cluster: None, config: Config, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def of_one_worker(ray_cluster: None, config: Config, tmp_path_factory) -> tuple[Config, dict]:
+    """Of six updates, uninterrupted: its configuration and weights."""
     # Muon for the matrices, AdamW for the rest.
     warmstart = WarmstartConfig(num_steps=6, batch_size=16, format_noise=0.1, optimizer="muon")
     student = dataclasses.replace(config.student, warmstart=warmstart)
-    states = []
-    for num_workers in (1, 2):
-        changed = dataclasses.replace(
-            config, student=student, warmstart_workers=num_workers, cache=str(tmp_path)
-        )
-        states.append(load_model(warm_start(changed, "student")).state_dict())
-    for name, one in states[0].items():
+    cache = str(tmp_path_factory.mktemp("cache"))
+    config = dataclasses.replace(config, student=student, warmstart_workers=1, cache=cache)
+    return config, load_model(warm_start(config, "student")).state_dict()
+
+
+def test_two_workers_make_the_same_warm_start_as_one(of_one_worker, tmp_path: Path) -> None:
+    config, expected = of_one_worker
+    changed = dataclasses.replace(config, warmstart_workers=2, cache=str(tmp_path))
+    state = load_model(warm_start(changed, "student")).state_dict()
+    for name, one in expected.items():
         # The sums of the gradients differ in their order, and Adam divides by their size.
-        torch.testing.assert_close(states[1][name], one, rtol=0, atol=2e-4)
+        torch.testing.assert_close(state[name], one, rtol=0, atol=2e-4)
+
+
+def test_an_interrupted_warm_start_goes_on_to_the_same_bits(
+    of_one_worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    config, expected = of_one_worker
+    config = dataclasses.replace(config, cache=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(warmstart_module, "KEEP_EVERY_S", 0.0)
+        patch.setattr(warmstart_module, "write_files", interrupt)  # when all is trained
+        with pytest.raises(KeyboardInterrupt):
+            warm_start(config, "student")
+    made = tmp_path / "warmstart"
+    (unfinished,) = made.iterdir()
+    assert unfinished.suffix == ".unfinished"
+    content = unfinished.read_bytes()
+    unfinished.write_bytes(content[:100])
+    with pytest.raises(ListopdError, match=r"\.unfinished: damaged, remove it: "):
+        warm_start(config, "student")
+    unfinished.write_bytes(content)
+    capfd.readouterr()
+    state = load_model(warm_start(config, "student")).state_dict()
+    assert "5/6" in capfd.readouterr().err
+    for name, one in expected.items():
+        assert torch.equal(state[name], one), name
+    assert [path.suffix for path in made.iterdir()] == [""]
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_lambda_other_than_one_without_a_usable_base_is_an_error(

@@ -372,5 +372,6 @@ def test_the_real_models_files_lie_over_each_other(over):
     assert config.learner.autocast == ("bfloat16.yaml" in over)
     shares = {name: run.share for name, run in config.demo.runs.items()}
     assert shares["lam1"] is None and 0 < shares["below"] < 1 < shares["above"]
-    study = load_config(StudyConfig, [*files, str(CONF / "study_smollm2.yaml")]).study
-    assert all(curve.judge for curve in study.curves.values())
+    for name in ("study_smollm2.yaml", "study_smollm2_long.yaml"):
+        study = load_config(StudyConfig, [*files, str(CONF / name)]).study
+        assert all(curve.judge for curve in study.curves.values())

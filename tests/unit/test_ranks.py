@@ -11,6 +11,7 @@ import torch
 
 from listopd_ray.config import Config, LearnerConfig, LoraConfig, TeacherActorConfig
 from listopd_ray.roles.learner import Learner
+from listopd_ray.roles.optimizer_state import optimizer_tensors
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.roles.teacher import Teacher
 
@@ -124,7 +125,7 @@ def test_two_ranks_learn_what_one_learns(one_rank, run_ranks, student_path, cana
     alone.restore(f"{two}/checkpoint", right["files"])
     weights = torch.cat([p.detach().flatten() for p in alone._student.trained()])
     np.testing.assert_array_equal(weights.numpy(), np.load(two / "steps.npz")["weights"][-1])
-    state = alone._optimizer_state()
+    state = dict(optimizer_tensors(alone._optimizer))
     for name in slots[1].files:
         np.testing.assert_array_equal(state[name].numpy(), slots[1][name], err_msg=name)
 
