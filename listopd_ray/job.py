@@ -293,6 +293,10 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
         for name, title in TABLE_COLUMNS.items()
     )
     hashes = "\n".join(f"- {name}: `{value}`" for name, value in summary["hashes"].items())
+    chat = "in the chat template" if config.task.chat_template else "without a chat template"
+    adapter = (
+        "; `adapter/` is what was added, for PEFT over the warm start" if config.lora.rank else ""
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -303,6 +307,7 @@ tags: [on-policy-distillation, listwise-ranking]
 Ranks the items of a list and answers `{{"ranking": [3, 1, …]}}`, best first. Distilled on-policy
 by listopd_ray {__version__}: λ = {config.lam} ({config.extrapolation}), c = {config.clip:g},
 {config.num_steps} updates of {config.num_prompts * config.group_size} samples, seed {config.seed}.
+Prompts are those of `listopd rank`, {chat}{adapter}.
 
 | {summary["student"]["num_prompts"]} held-out prompts, T = 1 | warm start | this model |
 |---|---|---|

@@ -314,10 +314,13 @@ def _token_axis(group: Group) -> dict[str, list[float]]:
 
 
 def _samples(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """The same held-out prompts answered by several groups, one run each."""
-    family = largest_family(groups)
-    able = [g for g in groups if g.family == family and any(run.samples for run in g.runs)]
-    able = [able[int(index)] for index in thinned(len(able), MOST_SIDES)] if able else []
+    """The same held-out prompts answered by several groups, one run each: by all, or where they
+    are many by some of the largest family."""
+    able = [group for group in groups if any(run.samples for run in group.runs)]
+    are_few = len(able) <= MOST_SIDES
+    if not are_few:
+        able = [group for group in able if group.family == largest_family(able)]
+        able = [able[int(index)] for index in thinned(len(able), MOST_SIDES)]
     sides = [(group, next(run for run in group.runs if run.samples)) for group in able]
     by_id = [{(row["id"], row.get("prompt")): row for row in run.samples} for _, run in sides]
     common = [key for key in (by_id[0] if by_id else ()) if all(key in rows for rows in by_id)]
@@ -327,7 +330,7 @@ def _samples(groups: Sequence[Group]) -> list[dict[str, Any]]:
             "prompt": key[1],
             "answers": [
                 {
-                    "label": group.short_label,
+                    "label": group.label if are_few else group.short_label,
                     "about": f"seed {run.config['seed']}, update {rows[key]['train/step']}",
                     **_marked(rows[key], run),
                 }

@@ -431,6 +431,16 @@ def test_answers_stand_side_by_side_where_the_prompt_is_the_same_and_say_their_u
     assert page.count("update 4<") == 2 and "update 50<" not in page
 
 
+def test_a_few_groups_answer_side_by_side_whatever_they_differ_in(tmp_path):
+    runs = tmp_path / "runs"
+    write_run(runs, "a", lam=1.0, samples=[sample()])
+    write_run(runs, "b", lam=1.5, samples=[sample()])
+    write_run(runs, "c", lam=2.0, extrapolation="bounded", samples=[sample()])
+    page = write_page(sorted(runs.iterdir()), tmp_path / "page.html").read_text()
+    assert page.count("update 4<") == 3
+    assert "λ = 2, bounded</" in page
+
+
 def test_pages_beside_runs_are_no_runs_and_other_markdown_is_left_alone(tmp_path):
     write_run(tmp_path, "a")
     (tmp_path / "demo.html").write_text("")
