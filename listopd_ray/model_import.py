@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -57,9 +58,11 @@ def import_model(config: ImportConfig) -> str:
                 )
             os.replace(partial, out)
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    chance = -math.log(model.config.vocab_size)
     return (
         f"{out}: {type(model).__name__}, {millions:.1f} M parameters in float32; log-probabilities "
-        f"within {difference:.1g} nats of the file's, {said.mean():.2f} a token of plain English"
+        f"within {difference:.1g} nats of the file's, {said.mean():.2f} a token of plain English "
+        f"(chance: {chance:.2f})"
     )
 
 

@@ -90,6 +90,7 @@ def test_a_demo_goes_on_where_it_was(
     begun = list[str]()
 
     def distill(run: Config, *arguments: Any) -> dict[str, Any]:
+        assert (tmp_path / "d-s0-prediction.json").is_file()  # before any run
         if len(begun) == 1:
             begun.append("interrupted")
             raise KeyboardInterrupt
