@@ -17,8 +17,9 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,6 @@ def _worker(arguments: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         write_files(Path(directory), ray.get(arguments["start"]))
         bare = load_model(directory)
-    vocab_size = bare.config.vocab_size
     model = prepare_model(_Losses(bare))
     optimizers = _optimizers(model, config)
     if arguments["kept"] is not None:
@@ -231,15 +231,8 @@ def _worker(arguments: dict[str, Any]) -> None:
     # Another machine than the driver's may not see its cache: nothing is kept then.
     keeps = rank == 0 and arguments["scratch"].is_dir()
     kept_at = shown_at = time.monotonic()
-    rng = np.random.default_rng([arguments["seed"], 1])
-    order = np.empty(0, dtype=np.int64)
-    for step in range(config.num_steps):
-        if len(order) < config.batch_size:
-            order = np.concatenate([order, rng.permutation(len(sequences))])
-        picked, order = order[: config.batch_size], order[config.batch_size :]
-        batch = _make_batch([sequences[i] for i in picked], config, vocab_size, rng)
-        if step < arguments["first"]:
-            continue  # drawn, so that what follows is what it would have been
+    batches = _batches(sequences, config, bare.config.vocab_size, arguments["seed"])
+    for step, batch in islice(enumerate(batches), arguments["first"], None):
         input_ids, targets, weights = (t[rank::world].to(bare.device) for t in batch)
         # Of a small model the head is much of the work. Where the prompt counts all places do.
         counted = None if config.prompt_loss_weight else weights > 0
@@ -315,6 +308,22 @@ class _Losses(torch.nn.Module):
         else:
             logits, targets = head(hidden[:, :-1][counted]), targets[counted]
         return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _batches(
+    sequences: Sequence[tuple[np.ndarray, np.ndarray]],
+    config: WarmstartConfig,
+    vocab_size: int,
+    seed: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Those of all updates: each needs the ones before it to be drawn."""
+    rng = np.random.default_rng([seed, 1])
+    order = np.empty(0, dtype=np.int64)
+    for _ in range(config.num_steps):
+        if len(order) < config.batch_size:
+            order = np.concatenate([order, rng.permutation(len(sequences))])
+        picked, order = order[: config.batch_size], order[config.batch_size :]
+        yield _make_batch([sequences[i] for i in picked], config, vocab_size, rng)
 
 
 def _make_batch(
