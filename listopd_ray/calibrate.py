@@ -148,7 +148,10 @@ def read_onset(config: CalibrateConfig) -> dict[str, Any]:
     distances = {n: abs(math.log(o["clip"] / config.clip)) for n, o in onsets.items()}
     nearest = [name for name in onsets if distances[name] == min(distances.values())]
     if len(nearest) > 1:
-        raise ListopdError(f"{file}: several onsets, give from_curve=… ({', '.join(nearest)})")
+        names = ", ".join(nearest)
+        raise ListopdError(
+            f"{file}: several onsets, give from_curve=… ({names}; a study: FILE:CURVE)"
+        )
     return onsets[nearest[0]]
 
 

@@ -27,7 +27,7 @@ class Curve:
     points: int = 5  # of the grid around λ*: its first lies one to two steps below
     seeds: list[int] | None = None  # null: the study's
     judge: bool = False  # lock the a-priori prediction and judge it
-    calibrated_from: str | None = None  # what predicts it: an earlier curve or a verdict.json
+    calibrated_from: str | None = None  # what predicts it: an earlier curve, or FILE[:CURVE]
     budget_from: str | None = None  # an earlier curve at another num_steps, likewise
 
 

@@ -199,7 +199,9 @@ class Predictor:
             else:
                 known = ("binding_class", "teacher_mass", "base_mass")
                 source |= {key: apriori[key] for key in known}
-                also.append(scale_prediction(source, first.clip))
+                scaled = scale_prediction(source, first.clip)
+                scaled["from"]["source"] = curve.calibrated_from
+                also.append(scaled)
         if curve.budget_from:
             source = self._onset_of(curve.budget_from, first)
             for kind, star in (
@@ -232,8 +234,11 @@ class Predictor:
         return onset
 
 
-def _onset_in_file(file: str, trial: Config) -> dict[str, Any]:
-    return read_onset(CalibrateConfig(from_=file, clip=trial.clip, num_steps=trial.num_steps))
+def _onset_in_file(source: str, trial: Config) -> dict[str, Any]:
+    """`source`: FILE or FILE:CURVE, of another study or search."""
+    file, _, curve = source.partition(":")
+    asked = CalibrateConfig(from_=file, from_curve=curve or None)
+    return read_onset(replace(asked, clip=trial.clip, num_steps=trial.num_steps))
 
 
 def grid(lambda_star: float | None, curve: Curve) -> list[float]:
@@ -385,10 +390,8 @@ def _check(config: StudyConfig) -> None:
             raise ListopdError(f"{key}: a name has letters, digits, '.', '-' and '_' only")
         if curve.budget_from not in (None, *before):
             raise ListopdError(f"{key}: '{curve.budget_from}' is no earlier curve")
-        source = curve.calibrated_from
-        is_file = source is not None and source not in study.curves and Path(source).is_file()
-        if source not in (None, *before) and not is_file:
-            raise ListopdError(f"{key}: '{source}' is neither an earlier curve nor a file")
+        if (source := curve.calibrated_from) in study.curves and source not in before:
+            raise ListopdError(f"{key}: '{source}' is no earlier curve")
         if curve.lams and curve.judge and curve.lams[0] != 1.0:
             raise ListopdError(f"{key}.lams: must begin with 1, where the floor is taken")
         if curve.lams != sorted(set(curve.lams)) or not all(0 <= x < math.inf for x in curve.lams):
@@ -401,6 +404,11 @@ def _check(config: StudyConfig) -> None:
         if not (curve.step > 0 and curve.points >= 1):
             raise ListopdError(f"{key}: step must be > 0 and points ≥ 1")
         trial = next(_trials(config, name, curve, [1.0]))  # the keys it sets
-        if source is not None and is_file:
-            _onset_in_file(source, trial)
+        is_asked = not study.only or name in study.only
+        is_locked = _prediction_file(config, name).exists()
+        if source not in (None, *study.curves) and is_asked and not is_locked:
+            try:
+                _onset_in_file(source, trial)
+            except ListopdError as error:
+                raise ListopdError(f"{key}.calibrated_from: {error}") from None
         before.add(name)

@@ -149,7 +149,7 @@ class Loop:
             self._steering.observe(metrics, lam=1.0)  # its parse rate may be the best
             if "rollback" in (self._config.alarm.action, self._config.faults.skipped_action):
                 self._save()
-        self._bar.unpause()  # the time left is that of updates
+        self._bar.unpause()  # all of this is no part of the first update
 
     def _turn(self) -> None:
         with self._span("turn", step=self._step):

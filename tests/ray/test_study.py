@@ -308,8 +308,12 @@ def test_an_unjudged_curve_takes_trials_from_others_and_shares_lambda_1(slots, m
 def test_the_onset_of_another_study_predicts_a_curve_from_its_verdict(slots, make_study, tmp_path):
     elsewhere = tmp_path / "elsewhere.json"
     onset = {"low": 1.5, "high": 1.7, "clip": 3.0, "num_steps": 120}
-    elsewhere.write_text(json.dumps({"tests": [], "curves": {"c3": onset}}))
+    other = onset | {"high": 1.9}
+    elsewhere.write_text(json.dumps({"tests": [], "curves": {"c3": onset, "more": other}}))
     curve = Curve(set={"clip": 2.0}, judge=True, calibrated_from=str(elsewhere))
+    with pytest.raises(ListopdError, match=r"curves\.c2\.calibrated_from: .*several onsets"):
+        study_job(make_study(c2=curve))
+    curve = dataclasses.replace(curve, calibrated_from=f"{elsewhere}:c3")
     config = make_study(c2=curve)
     study_job(config)
     calibrated = read_verdict(config)["tests"][-1]
@@ -317,6 +321,8 @@ def test_the_onset_of_another_study_predicts_a_curve_from_its_verdict(slots, mak
     assert calibrated["predicted"] == pytest.approx(1 + 0.6 * np.log(2) / np.log(3))
     assert calibrated["inside"] is True  # breaks above 1.42
     assert (calibrated["teacher_mass"], calibrated["base_mass"]) == (0.767, 0.288)
+    elsewhere.unlink()
+    study_job(config)  # what was predicted is locked
 
 
 def test_another_studys_verdict_without_a_fitting_onset_is_refused_at_once(
@@ -357,8 +363,8 @@ def test_a_budget_prediction_starts_from_the_onset_at_another_budget(slots, make
     ("curves", "error"),
     [
         ({}, "study.curves: give at least one"),
-        ({"a": Curve(calibrated_from="b")}, "a: 'b' is neither an earlier curve nor a file"),
-        ({"a": Curve(calibrated_from="a")}, "a: 'a' is neither an earlier curve nor a file"),
+        ({"a": Curve(calibrated_from="b")}, "curves.a.calibrated_from: b: No such file"),
+        ({"a": Curve(calibrated_from="a")}, "study.curves.a: 'a' is no earlier curve"),
         ({"a": Curve(budget_from="b")}, "study.curves.a: 'b' is no earlier curve"),
         ({"a": Curve(lams=[1.2, 1.3], judge=True)}, "study.curves.a.lams: must begin with 1"),
         ({"a": Curve(lams=[1.0, 1.3, 1.2])}, "study.curves.a.lams: must be finite, ≥ 0 and rise"),

@@ -273,7 +273,7 @@ def test_an_onset_is_read_by_budget_clip_and_curve(tmp_path):
     assert read(clip=4.0)["high"] == 1.9
     assert read(num_steps=30, clip=1.3)["high"] == 1.6
     for settings, error in (
-        ({"clip": 1.3}, r"several onsets, give from_curve=… \(core, fine\)"),
+        ({"clip": 1.3}, r"several onsets, give from_curve=… \(core, fine; "),
         ({"num_steps": 60}, "no onset measured with num_steps 60"),
         ({"from_clip": 5.0, "from_curve": "core"}, "with num_steps 120, clip 5.0, curve core"),
         ({"clip": math.inf}, "clip: an onset gives no prediction for c = ∞"),

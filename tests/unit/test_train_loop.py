@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from listopd_ray.models import encode_prompt
 from listopd_ray.roles.rollout import Generated
 from listopd_ray.supervision import Faults
 from listopd_ray.task.contract import TokenText
-from listopd_ray.tracking import TIMING, Run
+from listopd_ray.tracking import TIMING, Run, progress_bar
 from listopd_ray.train import Batch, Loop, queue_metrics
 from listopd_ray.types import ListopdError, Prompt
 
@@ -243,6 +244,34 @@ def test_updates_done_before_do_not_count_in_the_rate(config, start, capsys):
     capsys.readouterr()
     start(config)
     assert re.search(rf" 4/{NUM_STEPS} \[\d+:\d+<\?, +\?update/s", capsys.readouterr().err)
+
+
+def test_the_bar_says_what_it_waits_for_and_the_first_evaluation_is_no_part_of_the_rate(
+    config, start, monkeypatch
+):
+    bars, said, elapsed = [], [], []
+
+    def bar(*arguments):
+        bars.append(progress_bar(*arguments))
+        return bars[0]
+
+    def evaluate(*arguments):
+        said.append(bars[0].desc)
+        time.sleep(0.0 if elapsed else 1.0)
+        return evaluated(*arguments)
+
+    def step(self, *arguments):
+        elapsed.append(bars[0].format_dict["elapsed"])
+        assert bars[0].desc == "run: "
+        return stepped(self, *arguments)
+
+    evaluated, stepped = train.evaluate, FakeLearner.step
+    monkeypatch.setattr(train, "progress_bar", bar)
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(FakeLearner, "step", step)
+    start(config)
+    assert said == ["run, evaluation: "] * 4
+    assert elapsed[0] < 0.9
 
 
 def test_a_run_stopped_before_its_summary_finishes_without_another_update(config, start):
