@@ -404,9 +404,9 @@ def _check(config: StudyConfig) -> None:
         if not (curve.step > 0 and curve.points >= 1):
             raise ListopdError(f"{key}: step must be > 0 and points ≥ 1")
         trial = next(_trials(config, name, curve, [1.0]))  # the keys it sets
-        is_asked = not study.only or name in study.only
         is_locked = _prediction_file(config, name).exists()
-        if source not in (None, *study.curves) and is_asked and not is_locked:
+        is_needed = (not study.only or name in study.only) and not is_locked
+        if source is not None and source not in study.curves and is_needed:
             try:
                 _onset_in_file(source, trial)
             except ListopdError as error:
