@@ -237,8 +237,10 @@ class Predictor:
 def _onset_in_file(source: str, trial: Config) -> dict[str, Any]:
     """`source`: FILE or FILE:CURVE, of another study or search."""
     file, _, curve = source.partition(":")
-    asked = CalibrateConfig(from_=file, from_curve=curve or None)
-    return read_onset(replace(asked, clip=trial.clip, num_steps=trial.num_steps))
+    asked = CalibrateConfig(
+        from_=file, from_curve=curve or None, clip=trial.clip, num_steps=trial.num_steps
+    )
+    return read_onset(asked)
 
 
 def grid(lambda_star: float | None, curve: Curve) -> list[float]:
